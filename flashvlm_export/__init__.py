@@ -1,0 +1,16 @@
+"""Vision-language models with text-guided visual token selection inside the exported graph.
+
+- ``errors.py``     every exception raised on purpose
+- ``specs.py``      the contract of the visual graph: names, shapes, dtypes, ranges
+- ``manifest.py``   the contract of the bundle, ``manifest.json``
+- ``bundle.py``     opening and checking a bundle
+- ``files.py``      atomic writes, hashes, disk space
+- ``selection/``    selectors: settings, NumPy definition, torch module
+- ``models/``       registry and adapters, one per architecture
+- ``cli/``          the ``flashvlm`` command
+- ``export/``       checkpoint → ONNX (needs torch)
+- ``calibration/``  ranges → INT8 graph
+- ``runtime/``      what ships to the device: no torch, no transformers
+"""
+
+__version__ = "0.1.0"

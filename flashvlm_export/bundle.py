@@ -1,0 +1,121 @@
+"""A bundle on disk: the directory that ``flashvlm export`` writes and every later stage opens.
+
+::
+
+    manifest.json           what is here (see ``manifest.py``)
+    visual.fp32.onnx        the fused graph; weights in visual.fp32.onnx.data
+    visual.fp16.onnx        the same in half precision, selection still float32
+    text_embeddings.npy     the LLM's input embeddings [vocab, D], memory-mapped
+    tokenizer.json          as the tokenizers library writes it
+    chat_template.jinja     rendered in a sandbox
+    preprocessor.json       settings of the image processor
+    llm/model.onnx          optional: the decoder that takes embeddings
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashvlm_export.errors import BundleError, ConfigError
+from flashvlm_export.files import atomic_write, sha256_of
+from flashvlm_export.manifest import FileEntry, Manifest, decode_manifest, encode_manifest
+from flashvlm_export.specs import Precision
+
+MANIFEST = "manifest.json"
+TEXT_EMBEDDINGS = "text_embeddings.npy"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+PREPROCESSOR = "preprocessor.json"
+
+# Files up to this size are hashed whenever a bundle is opened; `flashvlm inspect --verify` hashes all.
+_HASHED_ON_OPEN_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
+        """Read the manifest and check the files.
+
+        Every file must be there with its recorded size; those up to 64 MiB, or all with ``verify``, must also have
+        the recorded SHA-256.
+
+        Raises:
+            BundleError: naming what is missing, damaged or too new, and the command that mends it.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise BundleError(
+                "there is no bundle at this path",
+                received=f"{path} ({'no ' + MANIFEST if path.is_dir() else 'no such directory'})",
+                expected="a directory written by flashvlm export",
+                hint=f"flashvlm export MODEL --output {path}",
+            )
+        bundle = cls(path, decode_manifest((path / MANIFEST).read_bytes()))
+        bundle._check_files(verify)
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file the manifest lists; raise :class:`BundleError` if it lists none of that name."""
+        if name not in self.manifest.files:
+            raise BundleError(
+                f"the bundle has no {name}",
+                received=f"{self.path}: {', '.join(sorted(self.manifest.files))}",
+                hint="export again from a checkpoint that has it: flashvlm export MODEL --weights DIR "
+                f"--output {self.path}",
+            )
+        return self.path / name
+
+    def graph_file(self, precision: Precision) -> Path:
+        """Return the ONNX file for ``precision``; raise :class:`ConfigError` if the bundle has none."""
+        entry = self.manifest.graphs.get(precision.value)
+        if entry is None:
+            raise ConfigError(
+                "the bundle has no visual graph in this precision",
+                received=precision.value,
+                expected=f"one of {', '.join(self.manifest.graphs)}",
+                hint="export it: flashvlm export MODEL --precision fp32,fp16 --output BUNDLE",
+            )
+        return self.file(entry.file)
+
+    def _check_files(self, verify: bool) -> None:
+        problems = []
+        for name, entry in self.manifest.files.items():
+            file = self.path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                problems.append(f"{name}: points outside of the bundle")
+            elif not file.is_file():
+                problems.append(f"{name}: missing")
+            elif (size := file.stat().st_size) != entry.size_bytes:
+                problems.append(f"{name}: {size} bytes instead of {entry.size_bytes}")
+            elif (verify or size <= _HASHED_ON_OPEN_BYTES) and sha256_of(file) != entry.sha256:
+                problems.append(f"{name}: content differs from what was written (SHA-256)")
+        if problems:
+            raise BundleError(
+                "the bundle is damaged",
+                received="\n            ".join([str(self.path), *problems]),
+                expected="every file as manifest.json lists it",
+                hint=f"export it again: flashvlm export {self.manifest.source.model} --output {self.path}, "
+                "or copy it again from where it is whole",
+            )
+
+
+def describe_files(directory: Path) -> dict[str, FileEntry]:
+    """Return size and hash of every file below ``directory`` except the manifest."""
+    return {
+        str(file.relative_to(directory)): FileEntry(file.stat().st_size, sha256_of(file))
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != MANIFEST
+    }
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write ``manifest.json`` atomically."""
+    with atomic_write(directory / MANIFEST) as temporary:
+        temporary.write_bytes(encode_manifest(manifest))

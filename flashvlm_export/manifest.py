@@ -1,0 +1,159 @@
+"""``manifest.json``: what a bundle holds and how its parts fit together (schema version 1).
+
+Decoded strictly by msgspec: a missing field or a wrong type names its place in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from flashvlm_export.errors import BundleError
+from flashvlm_export.specs import GraphSpec, VisualDims
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights came from.
+
+    Attributes:
+        model: registry name, hub id or directory name that was exported.
+        family: adapter, such as ``llava``.
+        weights: ``checkpoint`` or ``random:SEED``.
+        config_sha256: hash of the checkpoint's ``config.json`` as it was read.
+        weights_sha256: hash over name, dtype, shape and bytes of every tensor that went into the visual graph and
+            the embedding table.
+    """
+
+    model: str
+    family: str
+    weights: str
+    config_sha256: str
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and SHA-256 of one file of the bundle."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """One visual graph: its ONNX file (external data, if any, beside it) and its contract."""
+
+    file: str
+    spec: GraphSpec
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selector inside the graph and its settings."""
+
+    selector: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How a question becomes token ids.
+
+    Attributes:
+        image_token: placeholder text; each stands for one image.
+        image_token_id: its id.
+        bos_token: start-of-sequence text that the tokenizer adds or the template writes; empty for none.
+        eos_token_ids: ids that end an answer.
+        pad_token_id: id for padding, if the tokenizer has one.
+    """
+
+    image_token: str
+    image_token_id: int
+    bos_token: str
+    eos_token: str
+    eos_token_ids: list[int]
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True)
+class DecoderEntry:
+    """The LLM decoder that takes ``inputs_embeds`` (written by onnxruntime-genai's model builder).
+
+    Attributes:
+        file: ONNX file below the bundle.
+        precision: ``fp32``, ``fp16`` or ``int4``.
+        num_layers: layers of the KV cache.
+        num_kv_heads: key/value heads per layer.
+        head_size: channels per head.
+        max_positions: longest sequence, prompt and answer together.
+    """
+
+    file: str
+    precision: str
+    num_layers: int
+    num_kv_heads: int
+    head_size: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a runtime has to know about a bundle.
+
+    Attributes:
+        schema_version: of this file; readers refuse a newer one.
+        dims: sizes of the visual side.
+        graphs: visual graphs by precision (``fp32``, ``fp16``, ``int8``).
+        vocab_size: rows of the embedding table.
+        prompt: tokeniser settings; ``None`` in a bundle made for sizing, without a tokenizer.
+        decoder: the LLM, where the bundle carries one.
+        files: every file but the manifest, by path relative to the bundle.
+        tools: versions of the packages that wrote the bundle.
+        checks: what was measured before the bundle was called good, by graph file.
+    """
+
+    schema_version: int
+    source: Source
+    dims: VisualDims
+    selection: Selection
+    graphs: dict[str, GraphEntry]
+    vocab_size: int
+    prompt: PromptSettings | None
+    decoder: DecoderEntry | None
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+    checks: dict[str, Any] = field(default_factory=dict)
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Return ``manifest`` as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Return the manifest in ``content``; raise :class:`BundleError` if it is no manifest, or a newer one."""
+    try:
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                "the bundle was written by a newer flashvlm-export",
+                received=f"manifest schema version {version}",
+                expected=f"at most {SCHEMA_VERSION}",
+                hint="upgrade this package: pip install --upgrade flashvlm-export",
+            )
+        return msgspec.json.decode(content, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(
+            "manifest.json is damaged",
+            received=str(error),
+            hint="export the bundle again: flashvlm export MODEL --output BUNDLE",
+        ) from error
+
+
+class _Version(msgspec.Struct):
+    schema_version: int

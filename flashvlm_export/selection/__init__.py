@@ -1,0 +1,17 @@
+"""Choosing which visual tokens to keep.
+
+A *selector* scores the visual tokens of an image against the question and keeps ``budget`` of them. The registry
+row (:class:`Selector`) names its settings, what it needs from the vision encoder, its NumPy definition and the
+torch module that exports.
+
+- ``registry.py``        the rows, looked up by name; nothing heavy is imported until asked for
+- ``config.py``          settings of the FlashVLM selector
+- ``flashvlm_numpy.py``  FlashVLM step by step, for reading and as the oracle
+- ``flashvlm_torch.py``  the same result as data-parallel tensor operations that export to one graph
+- ``stages_torch.py``    what torch selectors share: min-max, marking, mask to ascending indices
+"""
+
+from flashvlm_export.selection.config import FlashVLMConfig
+from flashvlm_export.selection.registry import SELECTORS, Selector, get_selector, select_tokens
+
+__all__ = ["SELECTORS", "FlashVLMConfig", "Selector", "get_selector", "select_tokens"]

@@ -1,0 +1,183 @@
+"""The contract of the visual graph: names, dtypes, shapes and the ranges of what is dynamic.
+
+One declaration, :func:`visual_graph_spec`, feeds the ONNX axes, the engine profiles, the manifest and the
+checks that a session makes on its inputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from flashvlm_export.errors import BudgetError, SessionError
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+DType = Literal["float32", "float16", "int64", "bool"]
+
+VISUAL_INPUTS = ("pixel_values", "text_embeds", "text_mask", "budget")
+VISUAL_OUTPUTS = ("visual_tokens", "visual_indices", "scores")
+
+
+class Precision(str, Enum):
+    """Number format of a graph's weights and activations; selection is float32 in each."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    INT8 = "int8"
+
+    @property
+    def float_dtype(self) -> Literal["float32", "float16"]:
+        """Floating-point dtype at the graph's inputs and outputs."""
+        return "float32" if self is Precision.FP32 else "float16"
+
+
+@dataclass(frozen=True)
+class DynamicDim:
+    """A dimension known at run time, with the range that engine profiles are built for.
+
+    ONNX Runtime takes sizes beyond ``max``; a TensorRT engine refuses them.
+    """
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise ValueError(f"{self.name}: need 1 <= min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output: an ``int`` in ``shape`` is fixed, a ``str`` names a dynamic dimension."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+
+    def check(self, array: Array, sizes: dict[str, int]) -> None:
+        """Raise :class:`SessionError` unless ``array`` fits; ``sizes`` collects what each dynamic name was bound to."""
+        if array.dtype != np.dtype(self.dtype):
+            raise SessionError(f"input '{self.name}' has the wrong dtype", received=array.dtype, expected=self.dtype)
+        fits = array.ndim == len(self.shape)
+        for want, have in zip(self.shape, array.shape, strict=False):
+            fits = fits and (sizes.setdefault(want, have) == have if isinstance(want, str) else want == have)
+        if not fits:
+            bound = {k: v for k, v in sizes.items() if k in self.shape}
+            raise SessionError(
+                f"input '{self.name}' has the wrong shape",
+                received=list(array.shape),
+                expected=f"{list(self.shape)}" + (f" where {bound}" if bound else ""),
+            )
+        if 0 in array.shape:
+            raise SessionError(
+                f"input '{self.name}' is empty", received=list(array.shape), expected="at least one row per dimension"
+            )
+
+
+@dataclass(frozen=True)
+class VisualDims:
+    """Sizes of one model's visual side.
+
+    Attributes:
+        image_size: height and width of ``pixel_values``, in pixels.
+        patch_size: height and width of a patch, in pixels.
+        num_patches: visual tokens of one image before pruning (``N``).
+        vision_width: channels of a patch feature (``C``).
+        llm_width: channels of an LLM embedding (``D``).
+    """
+
+    image_size: int
+    patch_size: int
+    num_patches: int
+    vision_width: int
+    llm_width: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patch rows and columns of one image."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """Inputs, outputs and dynamic dimensions of one graph.
+
+    ``budget`` is listed among the dimensions although it is a value: TensorRT wants the values of a shape tensor
+    in the profile exactly where other inputs have sizes.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: tuple[DynamicDim, ...]
+
+    def dim(self, name: str) -> DynamicDim:
+        """Return the dynamic dimension called ``name``."""
+        return next(dim for dim in self.dims if dim.name == name)
+
+    def check_feeds(self, feeds: Feeds) -> None:
+        """Raise :class:`SessionError` or :class:`BudgetError` unless ``feeds`` are exactly what the graph takes."""
+        names = [spec.name for spec in self.inputs]
+        if sorted(feeds) != sorted(names):
+            raise SessionError("wrong set of inputs", received=sorted(feeds), expected=sorted(names))
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            spec.check(feeds[spec.name], sizes)
+        check_budget(feeds["budget"].item(), self.dim("budget").max)
+
+
+def visual_graph_spec(
+    dims: VisualDims, precision: Precision, *, batch: DynamicDim | None = None, text: DynamicDim | None = None
+) -> GraphSpec:
+    """Return the contract of the fused visual graph for one model at one precision."""
+    dtype = precision.float_dtype
+    n, d, size = dims.num_patches, dims.llm_width, dims.image_size
+    return GraphSpec(
+        inputs=(
+            TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),
+            TensorSpec("text_embeds", dtype, ("batch", "text", d)),
+            TensorSpec("text_mask", "bool", ("batch", "text")),
+            TensorSpec("budget", "int64", ()),
+        ),
+        outputs=(
+            TensorSpec("visual_tokens", dtype, ("batch", "kept", d)),
+            TensorSpec("visual_indices", "int64", ("batch", "kept")),
+            TensorSpec("scores", "float32", ("batch", n)),
+        ),
+        dims=(
+            batch or DynamicDim("batch", 1, 1, 8),
+            text or DynamicDim("text", 1, 64, 512),
+            DynamicDim("budget", 1, min(128, n), n),
+        ),
+    )
+
+
+def check_budget(budget: object, num_patches: int) -> int:
+    """Return ``budget`` as an ``int``; raise :class:`BudgetError` unless it is a whole number in ``1..num_patches``."""
+    try:
+        if isinstance(budget, bool):
+            raise TypeError
+        value = operator.index(budget)  # type: ignore[arg-type]  # its TypeError is the check
+    except TypeError:
+        raise BudgetError(
+            "the token budget is not a whole number",
+            received=repr(budget),
+            expected=f"a whole number from 1 to {num_patches}",
+        ) from None
+    if not 1 <= value <= num_patches:
+        raise BudgetError(
+            "the token budget is out of range",
+            received=value,
+            expected=f"1 to {num_patches}, the visual tokens of one image",
+            hint=f"use --budget {num_patches} to keep every token",
+        )
+    return value

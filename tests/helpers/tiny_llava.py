@@ -1,0 +1,107 @@
+"""Tiny seeded LLaVA checkpoints in the layout that transformers itself writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_CORPUS = [
+    "USER: what is in this picture? ASSISTANT: a cat, a rocket, a cup of coffee and an astronaut on the moon.",
+    "the quick brown fox jumps over the lazy dog while 0123456789 people read the sign by the river",
+    "Is there a flower? Where is the temple? How many coins are on the table? Describe the colour of the cup.",
+]
+
+
+def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Llama's habits: BOS in front, byte decoding, ``<image>`` and ``<pad>`` added last."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 2,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_config(
+    *, image_size: int = 56, vision_width: int = 32, llm_width: int = 48, vocab_size: int = 320, **overrides: Any
+) -> LlavaConfig:
+    """16 visual tokens by default (56 px, patches of 14 px); 336 px gives LLaVA-1.5's 576."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=vision_width,
+            intermediate_size=2 * vision_width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=image_size,
+            patch_size=14,
+            projection_dim=vision_width,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=llm_width,
+            intermediate_size=2 * llm_width,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocab_size,
+            max_position_embeddings=1024,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=overrides.pop("image_token_index", vocab_size - 1),
+        image_seq_length=(image_size // 14) ** 2,
+        **overrides,
+    )
+
+
+def make_tiny_llava(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Write a seeded random checkpoint with tokenizer, chat template and image processor; return ``directory``."""
+    tokenizer = make_tokenizer(options.get("vocab_size", 320))
+    options["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
+    shard_size = options.pop("max_shard_size", "5GB")
+    config = make_config(**options)
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # transformers' default of 0.02 gives answers of one repeated token; this gives lively ones.
+            if parameter.ndim > 1 and "norm" not in name:
+                fan_in = parameter[0].numel() if "embed_tokens" not in name else 1
+                parameter.normal_(0, 1.2 / fan_in**0.5)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    tokenizer.save_pretrained(directory)
+    size = config.vision_config.image_size
+    CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(directory)
+    return directory
