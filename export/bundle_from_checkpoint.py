@@ -1,0 +1,269 @@
+"""Checkpoint → bundle: the whole of ``flashvlm export``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from flashvlm_export import __version__
+from flashvlm_export.bundle import PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
+from flashvlm_export.errors import ConfigError, DependencyError, StorageError
+from flashvlm_export.export.checkpoint import WeightSource
+from flashvlm_export.export.checks import check_graph
+from flashvlm_export.export.locate import open_weights
+from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
+from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
+from flashvlm_export.export.rtx import rtx_available, timed_rtx_check
+from flashvlm_export.export.text_model import text_model_tensors, write_text_embeddings
+from flashvlm_export.export.visual_graph import build_visual_graph
+from flashvlm_export.files import atomic_directory, require_free_space
+from flashvlm_export.manifest import (
+    SCHEMA_VERSION,
+    DecoderEntry,
+    GraphEntry,
+    Manifest,
+    Selection,
+    Source,
+)
+from flashvlm_export.models import adapter_class, find_model
+from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.progress import Progress
+from flashvlm_export.selection import Selector, get_selector
+from flashvlm_export.specs import Precision
+
+DecoderChoice = Literal["auto", "none", "fp32", "fp16", "int4"]
+EngineCheck = Literal["auto", "off", "required"]
+
+# Below this many parameters a float32 decoder is small and fast enough anywhere; above it, int4 is what fits.
+_SMALL_LLM = 1_000_000_000
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai", "tensorrt-rtx-cu12")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What ``flashvlm export`` was asked for.
+
+    Attributes:
+        model: registry name, hub id, family, or checkpoint directory.
+        output: directory of the bundle.
+        weights: ``auto``, ``random[:SEED]``, or a checkpoint directory.
+        revision: branch, tag or commit on the hub.
+        precisions: visual graphs to write.
+        selector: registry name of the selector.
+        selection: settings of the selector that differ from its defaults.
+        decoder: LLM decoder to export; ``auto`` is fp32 below a billion parameters and int4 above, none for random
+            weights.
+        engine_check: compile each graph with TensorRT-RTX: where installed, never, or fail without it.
+        overwrite: replace a bundle that stands at ``output``.
+    """
+
+    model: str
+    output: Path
+    weights: str = "auto"
+    revision: str | None = None
+    precisions: Sequence[Precision] = (Precision.FP32, Precision.FP16)
+    selector: str = "flashvlm"
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    decoder: DecoderChoice = "auto"
+    engine_check: EngineCheck = "auto"
+    overwrite: bool = False
+
+
+def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None = None) -> Bundle:
+    """Export ``settings.model`` and return the opened bundle; on any error nothing is left at ``settings.output``.
+
+    Raises:
+        ConfigError, CheckpointError, ExportError, StorageError, DependencyError: see their messages.
+    """
+    progress = progress or Progress()
+    selector = get_selector(settings.selector)
+    config = selector.make_config(settings.selection)
+    _check_settings(settings)
+
+    weights = open_weights(settings.model, settings.weights, revision=settings.revision)
+    adapter = adapter_class(weights.config["model_type"])(weights.config)
+    decoder = _resolve_decoder(settings, adapter, weights)
+    _print_settings(settings, adapter, weights, config, decoder, progress)
+    require_free_space(settings.output, _size_bytes(settings, adapter, decoder))
+
+    with atomic_directory(settings.output) as staging:
+        graphs, checks = {}, {}
+        for precision in settings.precisions:
+            graphs[precision.value], checks[precision.value] = _write_graph(
+                staging, adapter, weights, selector, config, precision, settings.engine_check, progress
+            )
+        progress.step("text embeddings")
+        write_text_embeddings(staging / TEXT_EMBEDDINGS, adapter, weights)
+        prompt = None
+        if weights.directory is not None:
+            progress.step("tokenizer, chat template, image processor")
+            prompt = write_prompt_files(weights.directory, staging, adapter, progress)
+        write_preprocessor(staging / PREPROCESSOR, adapter, weights)
+        entry = _write_decoder(staging, adapter, weights, decoder, progress) if decoder != "none" else None
+        progress.step("manifest")
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            source=Source(
+                model=settings.model,
+                family=adapter.family,
+                weights=weights.label,
+                config_sha256=hashlib.sha256(json.dumps(weights.config, sort_keys=True).encode()).hexdigest(),
+                weights_sha256=weights.fingerprint(),
+            ),
+            dims=adapter.dims,
+            selection=Selection(selector.name, asdict(config)),
+            graphs=graphs,
+            vocab_size=adapter.vocab_size,
+            prompt=prompt,
+            decoder=entry,
+            files=describe_files(staging),
+            tools={"flashvlm-export": __version__, **_tool_versions()},
+            checks=checks,
+        )
+        write_manifest(staging, manifest)
+        Bundle.open(staging)
+    progress.step(f"bundle written: {settings.output}")
+    return Bundle.open(settings.output)
+
+
+def _check_settings(settings: ExportSettings) -> None:
+    if not settings.precisions:
+        raise ConfigError("no precision to export", expected="fp32, fp16 or both")
+    if Precision.INT8 in settings.precisions:
+        raise ConfigError(
+            "an INT8 graph is not exported but calibrated",
+            received="int8",
+            expected="fp32, fp16",
+        )
+    if settings.engine_check == "required" and not rtx_available():
+        raise DependencyError(
+            "the engine check needs TensorRT-RTX", hint="pip install 'flashvlm-export[rtx]', or --engine-check auto"
+        )
+    if settings.output.exists():
+        is_bundle = (settings.output / "manifest.json").is_file()
+        is_empty = settings.output.is_dir() and not any(settings.output.iterdir())
+        if not is_empty and not (is_bundle and settings.overwrite):
+            raise StorageError(
+                "the output path is taken",
+                received=f"{settings.output} ({'a bundle' if is_bundle else 'not a bundle'})",
+                expected="a new path, an empty directory, or a bundle together with --overwrite",
+                hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}",
+            )
+
+
+def _resolve_decoder(settings: ExportSettings, adapter: Adapter, weights: WeightSource) -> DecoderChoice:
+    if weights.directory is None:
+        if settings.decoder not in ("auto", "none"):
+            raise ConfigError(
+                "a decoder with random weights has no use", received=settings.decoder, expected="--decoder none"
+            )
+        return "none"
+    if settings.decoder != "auto":
+        return settings.decoder
+    return "fp32" if _llm_parameters(adapter) < _SMALL_LLM else "int4"
+
+
+def _print_settings(
+    settings: ExportSettings,
+    adapter: Adapter,
+    weights: WeightSource,
+    config: Any,
+    decoder: DecoderChoice,
+    progress: Progress,
+) -> None:
+    dims = adapter.dims
+    progress.step(f"exporting {settings.model} to {settings.output}")
+    progress.note(f"weights      {weights.label}{f' {weights.directory}' if weights.directory else ''}")
+    progress.note(
+        f"visual side  {adapter.family}, {dims.image_size} px, {dims.num_patches} visual tokens, "
+        f"widths {dims.vision_width} → {dims.llm_width}"
+    )
+    progress.note(f"precisions   {', '.join(precision.value for precision in settings.precisions)}")
+    progress.note(f"selector     {settings.selector} {asdict(config)}")
+    progress.note(f"decoder      {decoder}")
+    progress.note(f"engine check {settings.engine_check} (TensorRT-RTX {'' if rtx_available() else 'not '}installed)")
+    named = find_model(settings.model)
+    if named is not None and weights.directory is not None:
+        expected = adapter_class(named.family)(named.config).dims
+        if expected != dims:
+            progress.note(f"NOTE: this checkpoint is not {named.name}, which has {expected}; its own sizes are used")
+
+
+def _size_bytes(settings: ExportSettings, adapter: Adapter, decoder: DecoderChoice) -> int:
+    """Return an upper estimate of what the export writes."""
+    encoder = sum(parameter.numel() for parameter in adapter.encoder(needs_saliency=True).parameters())
+    graphs = sum(encoder * (4 if precision is Precision.FP32 else 2) for precision in settings.precisions)
+    # The decoder's weights are laid out once as a checkpoint for the model builder, then written again.
+    decoder_bytes = {"none": 0, "auto": 0, "fp32": 8, "fp16": 6, "int4": 5}[decoder] * _llm_parameters(adapter)
+    return graphs + adapter.vocab_size * adapter.dims.llm_width * 4 + decoder_bytes + (32 << 20)
+
+
+def _llm_parameters(adapter: Adapter) -> int:
+    text = adapter.config.text_config
+    per_layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size
+    return int(text.num_hidden_layers * per_layer + 2 * text.vocab_size * text.hidden_size)
+
+
+def _write_graph(
+    staging: Path,
+    adapter: Adapter,
+    weights: WeightSource,
+    selector: Selector,
+    config: Any,
+    precision: Precision,
+    engine_check: EngineCheck,
+    progress: Progress,
+) -> tuple[GraphEntry, dict[str, Any]]:
+    progress.step(f"visual graph {precision.value}: weights")
+    module = build_visual_graph(adapter, weights, selector, config, precision)
+    dims = adapter.dims
+    inputs = adapter.inputs(precision, batch=2, text=9, budget=max(1, dims.num_patches // 3))
+    progress.step(f"visual graph {precision.value}: torch → ONNX")
+    graph = onnx_from_visual_graph(module, inputs, staging / f"visual.{precision.value}.onnx")
+    report = check_graph(
+        graph,
+        adapter,
+        module.float(),
+        config,
+        precision,
+        lambda text: progress.step(f"visual graph {precision.value}: {text}"),
+    )
+    del module
+    graph.probe.unlink()
+    progress.note(
+        f"encoder error {report.encoder_error:.1e}; kept tokens exact for {report.exact_rows} of "
+        f"{report.exact_rows + report.tied_rows} images, {report.tied_rows} decided by a tie"
+    )
+    checks: dict[str, Any] = {"parity": asdict(report)}
+    if engine_check == "off" or not rtx_available():
+        progress.note(f"not compiled with TensorRT-RTX ({'switched off' if rtx_available() else 'not installed'})")
+    else:
+        progress.step(f"visual graph {precision.value}: compile with TensorRT-RTX")
+        checks["tensorrt_rtx"] = timed_rtx_check(graph.file, inputs.spec)
+    return GraphEntry(graph.file.name, inputs.spec), checks
+
+
+def _write_decoder(
+    staging: Path, adapter: Adapter, weights: WeightSource, decoder: DecoderChoice, progress: Progress
+) -> DecoderEntry:
+    from flashvlm_export.export.decoder import export_decoder
+
+    progress.step(f"LLM decoder {decoder}")
+    return export_decoder(
+        adapter.config.text_config, text_model_tensors(adapter, weights), staging / "llm", decoder
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,196 @@
+"""Checks an exported graph has to pass before a bundle is called good.
+
+1. ``onnx.checker`` with shape inference.
+2. On fresh inputs of several shapes and budgets: encoder outputs close to the torch module in float32.
+3. On the same inputs: the kept indices are exactly those of the NumPy oracle fed with the graph's own features.
+4. The shipped file gives what the probed one gives, and its tokens are the rows that its indices name.
+5. Where TensorRT-RTX is installed: the file parses and compiles.
+
+Separating 2 from 3 makes both sharp: rounding in the encoder may move a close decision, the selection stage may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from flashvlm_export.errors import ExportError
+from flashvlm_export.export.onnx_graph import PROBE_OUTPUTS, ExportedGraph
+from flashvlm_export.export.visual_graph import VisualGraph
+from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.selection import select_tokens
+from flashvlm_export.specs import VISUAL_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
+
+# Largest error of encoder outputs against float32 torch, relative to their largest magnitude. float32 sums of some
+# thousand terms in another order stay near 1e-5 over 23 layers; float16 has 2^-11 per operation and reaches 1e-2.
+_ENCODER_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2}
+# Relative noise on the oracle's inputs, some units of float32's last place. Where it changes the kept set, the decision
+# was a tie that float32 cannot settle.
+_TIE_NOISE = 1e-6
+_TIE_TRIALS = 8
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    """Sizes of one set of check inputs."""
+
+    batch: int
+    text: int
+    budget: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was measured.
+
+    Attributes:
+        cases: sets of inputs.
+        encoder_error: largest error of features, saliency and visual tokens, relative to their magnitude.
+        exact_rows: images whose kept set equals the oracle's.
+        tied_rows: images where it differs and the oracle itself changes its mind under noise of 1e-6.
+    """
+
+    cases: int
+    encoder_error: float
+    exact_rows: int
+    tied_rows: int
+
+
+def check_cases(num_patches: int) -> list[CheckCase]:
+    """Return the sizes to check: small and large batch, text and budget, none of them those of the export."""
+    budgets = (num_patches // 4 or 1, 1, num_patches, max(1, num_patches // 9))
+    return [CheckCase(*sizes) for sizes in zip((1, 2, 1, 3), (23, 7, 1, 40), budgets, strict=True)]
+
+
+def check_graph(
+    graph: ExportedGraph,
+    adapter: Adapter,
+    reference: VisualGraph,
+    config: Any,
+    precision: Precision,
+    progress: Callable[[str], None],
+) -> CheckReport:
+    """Run checks 1 to 4 on ``graph``; ``reference`` is the float32 torch module with the same weights.
+
+    Raises:
+        ExportError: naming the check, what was measured and what is allowed.
+    """
+    progress("ONNX checker")
+    try:
+        onnx.checker.check_model(graph.file, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError("the ONNX checker rejects the exported graph", received=str(error)) from error
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError("ONNX shape inference fails on the exported graph", received=str(error)) from error
+
+    cases = check_cases(adapter.dims.num_patches)
+    feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
+    progress("reference outputs in torch")
+    expected = [_reference_encoder(reference, feed) for feed in feeds]
+    reference.to("meta")  # frees its weights before ONNX Runtime loads its own
+    progress("graph outputs in ONNX Runtime")
+    probed = _run(graph.probe, feeds)
+    shipped = _run(graph.file, feeds)
+
+    worst, exact, tied = 0.0, 0, 0
+    for case, feed, want, probe, ship in zip(cases, feeds, expected, probed, shipped, strict=True):
+        worst = max(worst, _encoder_error(case, want, probe, precision))
+        rows_exact, rows_tied = _selection_agreement(case, feed, probe, config)
+        exact, tied = exact + rows_exact, tied + rows_tied
+        _same_outputs(case, probe, ship)
+    return CheckReport(len(cases), worst, exact, tied)
+
+
+def _feeds(adapter: Adapter, precision: Precision, case: CheckCase, seed: int) -> Feeds:
+    inputs = adapter.inputs(precision, batch=case.batch, text=case.text, budget=case.budget, seed=seed)
+    return {name: tensor.numpy() for name, tensor in zip(VISUAL_INPUTS, inputs.tensors, strict=True)}
+
+
+def _reference_encoder(reference: VisualGraph, feed: Feeds) -> dict[str, Array]:
+    with torch.no_grad():
+        outputs = reference.encoder(torch.from_numpy(feed["pixel_values"]))
+    return {name: output.numpy() for name, output in zip(PROBE_OUTPUTS, outputs, strict=True) if output is not None}
+
+
+def _run(file: Any, feeds: list[Feeds]) -> list[dict[str, Array]]:
+    """Run one file over all feeds in a session that lives no longer than this call."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return [dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in feeds]
+
+
+def _encoder_error(case: CheckCase, want: dict[str, Array], have: dict[str, Array], precision: Precision) -> float:
+    """Return the largest relative error over features, saliency and projected tokens."""
+    worst = 0.0
+    for name, reference in want.items():
+        error = float(np.abs(reference - have[name].astype(np.float32)).max() / np.abs(reference).max())
+        # Written so that NaN fails too.
+        if not error <= _ENCODER_TOLERANCE[precision]:
+            raise ExportError(
+                f"'{name}' of the {precision.value} graph differs from torch at {case}",
+                received=f"largest error {error:.2e} of the largest magnitude",
+                expected=f"at most {_ENCODER_TOLERANCE[precision]:.0e}",
+                hint="no bundle was written; try another precision, and report this with the versions in use",
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _selection_agreement(case: CheckCase, feed: Feeds, have: dict[str, Array], config: Any) -> tuple[int, int]:
+    """Return how many images agree with the oracle exactly, and how many differ in a tie."""
+    exact = tied = 0
+    for row in range(case.batch):
+        arrays = [
+            have["patch_features"][row],
+            have["saliency"][row] if "saliency" in have else np.zeros(have["scores"].shape[1], np.float32),
+            have["projected_tokens"][row],
+            feed["text_embeds"][row],
+        ]
+        mask = feed["text_mask"][row]
+        kept = _oracle(arrays, mask, case.budget, config)
+        if np.array_equal(kept, have["visual_indices"][row]):
+            exact += 1
+        elif _is_tie(arrays, mask, case.budget, config, kept):
+            tied += 1
+        else:
+            overlap = np.intersect1d(kept, have["visual_indices"][row]).size
+            raise ExportError(
+                f"the graph keeps other visual tokens than the selection algorithm at {case}, image {row}",
+                received=f"{overlap} of {case.budget} indices agree",
+                expected="all, given the graph's own features",
+                hint="no bundle was written; report this with the versions in use",
+            )
+    return exact, tied
+
+
+def _oracle(arrays: list[Array], mask: Array, budget: int, config: Any) -> Array:
+    features, saliency, tokens, text = (array[None].astype(np.float64) for array in arrays)
+    indices: Array = select_tokens(features, saliency, tokens, text, mask[None], budget, config)[0]
+    return indices
+
+
+def _is_tie(arrays: list[Array], mask: Array, budget: int, config: Any, kept: Array) -> bool:
+    rng = np.random.default_rng(0)
+    for _ in range(_TIE_TRIALS):
+        noisy = [array * (1.0 + _TIE_NOISE * rng.standard_normal(array.shape)) for array in arrays]
+        if not np.array_equal(_oracle(noisy, mask, budget, config), kept):
+            return True
+    return False
+
+
+def _same_outputs(case: CheckCase, probe: dict[str, Array], ship: dict[str, Array]) -> None:
+    rows = np.take_along_axis(probe["projected_tokens"], ship["visual_indices"][:, :, None], axis=1)
+    if not np.array_equal(rows, ship["visual_tokens"]):
+        raise ExportError(f"'visual_tokens' are not the rows that 'visual_indices' names at {case}")
+    for name in VISUAL_OUTPUTS:
+        if not np.array_equal(probe[name], ship[name]):
+            raise ExportError(f"the shipped graph and its probe disagree on '{name}' at {case}")

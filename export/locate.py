@@ -1,0 +1,76 @@
+"""Finding a checkpoint: a directory, the local Hugging Face cache, the hub, or random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashvlm_export.errors import CheckpointError, ConfigError
+from flashvlm_export.export.checkpoint import Checkpoint, RandomWeights, WeightSource, read_config
+from flashvlm_export.models import MODELS, adapter_class, find_model
+
+# Everything an export reads, and nothing else (no pickled weights).
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+
+
+def open_weights(model: str, weights: str, *, revision: str | None = None) -> WeightSource:
+    """Return the weights that ``--weights`` names for ``model``.
+
+    Args:
+        model: registry name, hub id, family name, or a checkpoint directory.
+        weights: ``auto`` (local Hugging Face cache, then the hub), ``random`` or ``random:SEED``, or a directory.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        CheckpointError: if the weights cannot be had, saying what to do.
+    """
+    entry = find_model(model)
+    if weights == "random" or weights.startswith("random:"):
+        if entry is None:
+            raise ConfigError(
+                "random weights need a registered model",
+                received=model,
+                expected=f"one of {', '.join(MODELS)}",
+            )
+        seed = weights.partition(":")[2] or "0"
+        if not seed.isdigit():
+            raise ConfigError("the seed is not a whole number", received=weights, expected="random or random:SEED")
+        return RandomWeights(entry.config, int(seed))
+    if weights != "auto":
+        directory = Path(weights)
+    elif Path(model).is_dir():
+        directory = Path(model)
+    elif entry is not None or "/" in model:
+        directory = _snapshot(entry.repo if entry else model, revision)
+    else:
+        raise ConfigError(
+            "unknown model",
+            received=repr(model),
+            expected=f"one of {', '.join(MODELS)}, a hub id such as org/name, or a checkpoint directory",
+            hint="flashvlm models lists the names; --weights DIR reads a checkpoint from disk",
+        )
+    return Checkpoint(directory, adapter_class(read_config(directory)["model_type"]).canonical)
+
+
+def _snapshot(repo: str, revision: str | None) -> Path:
+    """Return the cached snapshot of ``repo``, downloading it where the hub can be reached."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=_FILES))
+        # A cache that holds only the config, as a tokenizer download leaves it, is no snapshot.
+        if any(cached.glob("*.safetensors")):
+            return cached
+    except Exception:  # noqa: S110 - whatever is wrong with the cache, the hub is asked next and its error is told
+        pass
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES))
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"the weights of {repo} cannot be had",
+            received=f"not in the local Hugging Face cache, and the hub did not give them: "
+            f"{type(error).__name__}: {reason}",
+            expected="a checkpoint directory, a cached snapshot, or a reachable hub",
+            hint=f"on a machine with access: hf download {repo} --local-dir DIR; then --weights DIR here. "
+            "For sizing and latency without weights: --weights random",
+        ) from error

@@ -1,0 +1,96 @@
+"""Torch module → ONNX files: one with the outputs that checks need, one that ships, weights shared between them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from flashvlm_export.errors import ExportError
+from flashvlm_export.export.translations import TRANSLATIONS
+from flashvlm_export.export.visual_graph import VisualGraph
+from flashvlm_export.models.adapter import GraphInputs
+from flashvlm_export.specs import VISUAL_INPUTS, VISUAL_OUTPUTS
+
+OPSET = 20
+PROBE_OUTPUTS = ("patch_features", "saliency", "projected_tokens")
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """Files of one exported graph; ``probe`` is ``file`` with the check outputs and lives only during the export."""
+
+    file: Path
+    probe: Path
+
+
+def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path) -> ExportedGraph:
+    """Write ``file`` (weights in ``file.data``) and its probe beside it.
+
+    Batch, text and budget are dynamic as ``inputs.spec`` says; opset 20, because JetPack 6's TensorRT reads it.
+
+    Raises:
+        ExportError: if torch cannot trace or translate the module.
+    """
+    model = _translate(module, inputs)
+    for value in model.graph.all_nodes():
+        # Stack traces and scopes of the exporting machine: no use to a device, and different on every machine.
+        value.metadata_props.clear()
+        value.doc_string = None
+    for tensor in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        tensor.metadata_props.clear()
+    model.metadata_props.clear()
+    model.producer_name, model.producer_version = "flashvlm-export", ""
+    outputs = [*VISUAL_OUTPUTS, *(name for name in PROBE_OUTPUTS if name != "saliency" or module.encoder.needs_saliency)]
+    for output, name in zip(model.graph.outputs, outputs, strict=True):
+        output.name = name
+    specs = {spec.name: spec for spec in (*inputs.spec.inputs, *inputs.spec.outputs)}
+    for output in (*model.graph.inputs, *model.graph.outputs):
+        if output.name in specs:
+            output.shape = ir.Shape(specs[output.name].shape)
+    probe = file.with_name(f"{file.stem}.probe.onnx")
+    ir.save(model, probe, external_data=f"{file.name}.data", size_threshold_bytes=1024)
+    del model.graph.outputs[len(VISUAL_OUTPUTS) :]
+    shipped = onnx.load(probe, load_external_data=False)
+    del shipped.graph.output[len(VISUAL_OUTPUTS) :]
+    onnx.save(shipped, file)
+    return ExportedGraph(file, probe)
+
+
+def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
+    dims = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "text")}
+    shapes = {
+        spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
+        for spec in inputs.spec.inputs
+    }
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            # Two inputs share an axis on purpose; torch says so each time. The pytree warning is torch's own use.
+            warnings.filterwarnings("ignore", message=".*shares the same shape constraints.*")
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|copyreg|onnxscript")
+            program = torch.export.export(module, inputs.tensors, dynamic_shapes=shapes, strict=True)
+            exported: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=list(VISUAL_INPUTS),
+                custom_translation_table=TRANSLATIONS,
+                verbose=False,
+            )
+    except Exception as error:
+        raise ExportError(
+            "torch could not turn the visual graph into ONNX",
+            received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="a module that torch.export traces and torch.onnx translates",
+            hint="the cause is chained to this error; check the versions against constraints.txt",
+        ) from error
+    model: ir.Model = exported.model
+    return model

@@ -1,0 +1,133 @@
+"""Tokenizer, chat template and image processor of a checkpoint, in the form the runtime reads without transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from flashvlm_export.bundle import CHAT_TEMPLATE, TOKENIZER
+from flashvlm_export.errors import CheckpointError
+from flashvlm_export.export.checkpoint import WeightSource
+from flashvlm_export.manifest import PromptSettings
+from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.preprocessor import PreprocessorSettings, encode_preprocessor
+from flashvlm_export.progress import Progress
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress: Progress) -> PromptSettings | None:
+    """Write ``tokenizer.json`` and ``chat_template.jinja`` to ``target``; return what the manifest says of them.
+
+    A checkpoint without a tokenizer gives a bundle whose graph runs but that takes no questions; a note says so.
+
+    Raises:
+        CheckpointError: if there is a tokenizer that cannot be used.
+    """
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        progress.note(f"NOTE: {directory} has no tokenizer; the bundle will take tensors but no questions")
+        return None
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        tokenizer.backend_tokenizer.save(str(target / TOKENIZER))
+    except Exception as error:
+        raise CheckpointError(
+            "the tokenizer cannot be read",
+            received=f"{directory}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected=f"one of {', '.join(_TOKENIZER_FILES)} that transformers' AutoTokenizer reads as a fast tokenizer",
+        ) from error
+    image_token = tokenizer.convert_ids_to_tokens(adapter.image_token_id)
+    if image_token is None or tokenizer.convert_tokens_to_ids(image_token) != adapter.image_token_id:
+        raise CheckpointError(
+            "the tokenizer has no token for the image placeholder",
+            received=f"id {adapter.image_token_id} is {image_token!r}",
+            expected="the token that image_token_index in config.json names",
+        )
+    template = _chat_template(directory, tokenizer)
+    if template is None:
+        progress.note(f"NOTE: {directory} has no chat template; using the one of {adapter.family}")
+        template = adapter.default_chat_template
+    (target / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    return PromptSettings(
+        image_token=image_token,
+        image_token_id=adapter.image_token_id,
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
+        eos_token_ids=_eos_token_ids(directory, adapter, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource) -> None:
+    """Write the checkpoint's image processor settings; with random weights, CLIP's for the model's image size.
+
+    Raises:
+        CheckpointError: if there are none, or they give images of another size than the vision tower takes.
+        ConfigError: if the runtime cannot reproduce them exactly.
+    """
+    size = adapter.dims.image_size
+    config: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    if weights.directory is not None:
+        config = _processor_config(weights.directory)
+    settings = PreprocessorSettings.from_hf(config)
+    if settings.output_size != (size, size):
+        raise CheckpointError(
+            "image processor and vision tower do not belong together",
+            received=f"images of {settings.output_size}",
+            expected=f"({size}, {size}), from config.json",
+        )
+    path.write_bytes(encode_preprocessor(settings))
+
+
+def _processor_config(directory: Path) -> dict[str, Any]:
+    """Return the image processor's configuration from either of the files that transformers has kept it in."""
+    combined = _read_json(directory / "processor_config.json").get("image_processor")
+    config = combined if isinstance(combined, dict) else _read_json(directory / "preprocessor_config.json")
+    if not config:
+        raise CheckpointError(
+            "the checkpoint has no image processor",
+            received=str(directory),
+            expected="preprocessor_config.json, or processor_config.json with image_processor",
+            hint="save it with transformers: AutoImageProcessor.from_pretrained(REPO).save_pretrained(DIR)",
+        )
+    return config
+
+
+def _chat_template(directory: Path, tokenizer: Any) -> str | None:
+    """Return the template the tokenizer carries, or the one a processor keeps in a file of its own."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if template is None:
+        template = _read_json(directory / "chat_template.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _eos_token_ids(directory: Path, adapter: Adapter, tokenizer: Any) -> list[int]:
+    ids: Any = None
+    if (directory / "generation_config.json").is_file():
+        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    if ids is None:
+        ids = adapter.config.text_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise CheckpointError(
+            "nothing says which token ends an answer",
+            received=str(directory),
+            expected="eos_token_id in generation_config.json or config.json, or eos_token in tokenizer_config.json",
+        )
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is not JSON", received=f"{path}: {error}") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,39 @@
+"""The language side of a checkpoint: the embedding table, and the decoder's weights one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from flashvlm_export.export.checkpoint import WeightSource
+from flashvlm_export.models.adapter import Adapter
+
+_ROWS_AT_ONCE = 4096
+
+
+def write_text_embeddings(path: Path, adapter: Adapter, weights: WeightSource) -> None:
+    """Write the LLM's input embeddings ``[vocab, D]`` as ``.npy`` in their own precision.
+
+    bfloat16, which NumPy lacks, becomes float32: float16 would lose its small values.
+    """
+    shape = (adapter.vocab_size, adapter.dims.llm_width)
+    table = weights.read(adapter.embedding_key, shape)
+    dtype = np.float16 if table.dtype == torch.float16 else np.float32
+    target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
+    for start in range(0, shape[0], _ROWS_AT_ONCE):
+        rows = table[start : start + _ROWS_AT_ONCE]
+        target[start : start + _ROWS_AT_ONCE] = (rows if dtype == np.float16 else rows.float()).numpy()
+    target.flush()
+
+
+def text_model_tensors(adapter: Adapter, weights: WeightSource) -> Iterator[tuple[str, Tensor]]:
+    """Yield ``(name in the causal LM's state dict, tensor)``; names and shapes come from transformers' own class."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(adapter.config.text_config)
+    for name, parameter in model.named_parameters():
+        yield name, weights.read(adapter.text_key(name), tuple(parameter.shape))

@@ -1,0 +1,63 @@
+"""The fused graph as one torch module: encoder, projector, selection, and the gather of what is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashvlm_export.errors import CheckpointError
+from flashvlm_export.export.checkpoint import WeightSource
+from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.selection import Selector
+from flashvlm_export.selection.stages_torch import ascending_indices
+from flashvlm_export.specs import Precision
+
+
+class VisualGraph(nn.Module):
+    """See :func:`flashvlm_export.specs.visual_graph_spec` for the inputs and the first three outputs.
+
+    Three more outputs, ``patch_features``, ``saliency`` and all ``projected_tokens``, exist for the checks and are
+    dropped from the file that ships.
+    """
+
+    def __init__(self, encoder: nn.Module, selector: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.selector = selector
+
+    def forward(
+        self, pixel_values: Tensor, text_embeds: Tensor, text_mask: Tensor, budget: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+        """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``, then the encoder's three outputs."""
+        features, saliency, tokens = self.encoder(pixel_values)
+        kept, scores = self.selector(features, saliency, tokens, text_embeds, text_mask, budget)
+        indices = ascending_indices(kept, budget)
+        gathered = tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
+        return gathered, indices, scores, features, saliency, tokens
+
+
+def build_visual_graph(
+    adapter: Adapter, weights: WeightSource, selector: Selector, config: Any, precision: Precision
+) -> VisualGraph:
+    """Return the module with its weights read from ``weights`` in ``precision``; nothing else is read.
+
+    Raises:
+        CheckpointError: if a tensor is missing, misshapen, not finite, or overflows float16.
+    """
+    encoder: Any = adapter.encoder(needs_saliency=selector.needs_saliency)
+    dtype = getattr(torch, precision.float_dtype)
+    tensors = {}
+    for name, parameter in encoder.named_parameters():
+        tensor = weights.read(name, tuple(parameter.shape))
+        tensors[name] = tensor.to(dtype)
+        if tensor.dtype != dtype and not bool(torch.isfinite(tensors[name]).all()):
+            raise CheckpointError(
+                f"tensor '{name}' overflows in {precision.value}",
+                received=f"largest magnitude {float(tensor.abs().max()):.3g}",
+                expected=f"at most {torch.finfo(dtype).max:.3g}",
+                hint="export this model in fp32",
+            )
+    encoder.load(tensors)
+    return VisualGraph(encoder, selector.make_module(config)).eval()

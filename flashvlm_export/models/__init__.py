@@ -1,0 +1,10 @@
+"""The models this package exports.
+
+- ``registry.py``  one row per model users can name, one line per architecture; importable without torch
+- ``adapter.py``   what an architecture has to declare
+- ``llava.py``     LLaVA-1.5: CLIP ViT, two-layer projector, Llama
+"""
+
+from flashvlm_export.models.registry import FAMILIES, MODELS, ModelEntry, adapter_class, find_model
+
+__all__ = ["FAMILIES", "MODELS", "ModelEntry", "adapter_class", "find_model"]

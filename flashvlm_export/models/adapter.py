@@ -1,0 +1,100 @@
+"""What an architecture has to declare so that everything else can stay generic."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from flashvlm_export.specs import GraphSpec, Precision, VisualDims, visual_graph_spec
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """Sample inputs of the visual graph together with its contract, dynamic dimensions included."""
+
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    spec: GraphSpec
+
+
+class Adapter(ABC):
+    """One architecture, read from a checkpoint's ``config.json``.
+
+    Attributes:
+        family: key of the registry.
+        config: transformers' config object (hub configs leave defaults out; the class fills them in).
+        dims: sizes of the visual side.
+        image_token_id: id of the image placeholder.
+    """
+
+    family: ClassVar[str]
+    config: Any
+    dims: VisualDims
+    image_token_id: int
+
+    @abstractmethod
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read ``config.json``; raise :class:`CheckpointError` where it asks for what this adapter does not do."""
+
+    @abstractmethod
+    def encoder(self, *, needs_saliency: bool) -> nn.Module:
+        """Return the vision encoder with projector, on the meta device, its parameters named as in :meth:`canonical`.
+
+        ``forward(pixel_values [B,3,H,W])`` returns ``(patch_features [B,N,C], saliency float32 [B,N] or None,
+        visual_tokens [B,N,D])``.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def canonical(key: str) -> str:
+        """Return the one name this package uses for a tensor that checkpoints of different ages name differently."""
+
+    @property
+    @abstractmethod
+    def embedding_key(self) -> str:
+        """Canonical name of the LLM's input embedding table ``[vocab, D]``."""
+
+    @staticmethod
+    @abstractmethod
+    def text_key(name: str) -> str:
+        """Return the canonical name of a tensor that the causal LM's own state dict calls ``name``."""
+
+    @property
+    @abstractmethod
+    def default_chat_template(self) -> str:
+        """Jinja template in Hugging Face's message format, for checkpoints that come without one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        size: int = self.config.text_config.vocab_size
+        return size
+
+    def inputs(self, precision: Precision, *, batch: int, text: int, budget: int, seed: int = 0) -> GraphInputs:
+        """Return seeded random inputs of the given sizes, and the contract they follow.
+
+        With more than one row, the last one has less text than ``text``, so that padding is exercised.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        dims = self.dims
+        text_embeds = torch.randn(batch, text, dims.llm_width, generator=generator)
+        text_mask = torch.ones(batch, text, dtype=torch.bool)
+        if batch > 1:
+            text_mask[-1, (text + 1) // 2 :] = False
+        text_embeds = text_embeds * text_mask[:, :, None]
+        dtype = getattr(torch, precision.float_dtype)
+        tensors = (self.sample_pixels(batch, generator), text_embeds.to(dtype), text_mask, torch.tensor(budget))
+        return GraphInputs(tensors, visual_graph_spec(dims, precision))
+
+    def sample_pixels(self, batch: int, generator: torch.Generator) -> Tensor:
+        """Return normalised noise images ``[B,3,H,W]`` with structure at several scales, as photographs have."""
+        size = self.dims.image_size
+        image = torch.zeros(batch, 3, size, size)
+        for side in (2, 7, 23, size):
+            noise = torch.randn(batch, 3, min(side, size), min(side, size), generator=generator)
+            image += nn.functional.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False)
+        return image / 2

@@ -1,0 +1,101 @@
+"""Names of models and of the architectures they belong to. Adapters are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashvlm_export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from flashvlm_export.models.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model that users can name.
+
+    Attributes:
+        name: what users type.
+        repo: Hugging Face hub id of the checkpoint.
+        family: key of :data:`FAMILIES`, equal to ``model_type`` in the checkpoint's ``config.json``.
+        visual_tokens: visual tokens of one image before pruning.
+        parameters: of the whole model, in billions.
+        config: ``config.json`` content for ``--weights random``; what is left out is the config class's default.
+    """
+
+    name: str
+    repo: str
+    family: str
+    visual_tokens: int
+    parameters: float
+    config: Mapping[str, Any]
+
+
+def _llava_15(name: str, parameters: float, **text: int) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        repo=f"llava-hf/{name}-hf",
+        family="llava",
+        visual_tokens=576,
+        parameters=parameters,
+        config={
+            "model_type": "llava",
+            "image_token_index": 32000,
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+            "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, **text},
+        },
+    )
+
+
+MODELS: dict[str, ModelEntry] = {
+    entry.name: entry
+    for entry in (
+        _llava_15("llava-1.5-7b", 7.06, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
+        _llava_15(
+            "llava-1.5-13b",
+            13.35,
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+        ),
+    )
+}
+
+FAMILIES: dict[str, str] = {"llava": "flashvlm_export.models.llava:LlavaAdapter"}
+
+
+def find_model(name: str) -> ModelEntry | None:
+    """Return the registry row for a model name or hub id, or ``None``."""
+    return next((entry for entry in MODELS.values() if name in (entry.name, entry.repo)), None)
+
+
+def adapter_class(model_type: str) -> type[Adapter]:
+    """Return the adapter for ``model_type`` of a ``config.json`` (imports torch).
+
+    Raises:
+        CheckpointError: if no adapter exports this architecture.
+    """
+    target = FAMILIES.get(model_type)
+    if target is None:
+        raise CheckpointError(
+            "this architecture is not supported yet",
+            received=f"model_type {model_type!r}",
+            expected=f"one of {', '.join(FAMILIES)}",
+            hint="flashvlm models lists what can be exported",
+        )
+    module, _, attribute = target.partition(":")
+    adapter: type[Adapter] = getattr(importlib.import_module(module), attribute)
+    return adapter
