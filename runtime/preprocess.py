@@ -1,0 +1,119 @@
+"""Images to ``pixel_values``, bit for bit as transformers' ``CLIPImageProcessorPil`` makes them.
+
+Equal because the same things are done in the same precision: Pillow's resize on 8-bit RGB, a crop of 8-bit pixels,
+and, since only 256 levels can follow, a table per channel that holds ``(float32(level * factor) - mean) / std``.
+Both sides have to run the same Pillow: 13 chooses the order of its two resize passes by size, 12 always takes rows
+first, and the 8-bit rounding in between makes single levels differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from flashvlm_export.errors import ImageError
+from flashvlm_export.preprocessor import PreprocessorSettings
+from flashvlm_export.runtime.images import LIMIT_PIXELS
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class ImagePreprocessor:
+    """Callable from RGB images to one batch.
+
+    Args:
+        settings: of the bundle, see :class:`PreprocessorSettings`.
+    """
+
+    def __init__(self, settings: PreprocessorSettings) -> None:
+        self.settings = settings
+        self._levels = _level_table(settings)
+
+    def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """Return ``pixel_values``: float32 ``[len(images), 3, H, W]``, C-contiguous, owned by the caller.
+
+        Args:
+            images: of mode ``RGB``, as :func:`flashvlm_export.runtime.images.load_image` returns them.
+
+        Raises:
+            ImageError: if an image is not RGB, or so long and thin that its resized form would not fit in memory.
+        """
+        height, width = self.settings.output_size
+        batch = np.empty((len(images), 3, height, width), np.float32)
+        for image, rows in zip(images, batch, strict=True):
+            pixels = self._resized_and_cropped(image)
+            for channel in range(3):
+                # mode="clip" spares the bounds check: an 8-bit level cannot leave a table of 256.
+                np.take(self._levels[channel], pixels[:, :, channel], out=rows[channel], mode="clip")
+        return batch
+
+    def _resized_and_cropped(self, image: Image.Image) -> Pixels:
+        if image.mode != "RGB":
+            raise ImageError(
+                "the image is not RGB", received=f"mode {image.mode}", expected="an image as load_image returns it"
+            )
+        settings = self.settings
+        if settings.pad_color is not None:
+            image = _pad_to_square(image, settings.pad_color)
+        size = self._resized_size(image)
+        if size != image.size:
+            # The whole image, although the crop keeps a part: which of its two passes Pillow does first, and so what
+            # is rounded in between, depends on its version and on this size.
+            image = image.resize(size, settings.resample)
+        return np.asarray(image if settings.crop is None else _centre_crop(image, settings.crop))
+
+    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
+        settings = self.settings
+        if settings.resize is not None:
+            return settings.resize[1], settings.resize[0]
+        if settings.shortest_edge is None:
+            return image.size
+        short, long = sorted(image.size)
+        new_short, new_long = settings.shortest_edge, int(settings.shortest_edge * long / short)
+        if new_short * new_long > LIMIT_PIXELS:
+            raise ImageError(
+                "the image is too long and thin",
+                received=f"{image.width} x {image.height}: {new_long} x {new_short} once resized",
+                expected=f"at most {LIMIT_PIXELS // new_short**2} times as long as wide",
+                hint="crop it to the part that matters",
+            )
+        return (new_short, new_long) if image.width <= image.height else (new_long, new_short)
+
+
+def _level_table(settings: PreprocessorSettings) -> npt.NDArray[np.float32]:
+    """Return what each of the 256 levels becomes, ``[3, 256]``; the order and precision are transformers'."""
+    levels = np.arange(256, dtype=np.float64)
+    if settings.rescale_factor is not None:
+        levels = levels * settings.rescale_factor
+    table = np.repeat(levels.astype(np.float32)[None], 3, axis=0)
+    if settings.mean is not None and settings.std is not None:
+        mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
+        table = (table - mean[:, None]) / std[:, None]
+    return np.ascontiguousarray(table)
+
+
+def _pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    if side * side > LIMIT_PIXELS:
+        raise ImageError(
+            "the image is too long to be padded to a square",
+            received=f"{image.width} x {image.height} pixels",
+            expected=f"at most {int(LIMIT_PIXELS**0.5)} pixels long",
+            hint="scale it down, or crop it to the part that matters",
+        )
+    square = Image.new("RGB", (side, side), color)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut height and width from the centre; Pillow fills what lies outside of the image with zeros."""
+    height, width = size
+    # Rounded down, also below zero: of an odd border the larger half comes first, as in transformers.
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
