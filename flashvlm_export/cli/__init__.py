@@ -1,0 +1,64 @@
+"""The ``flashvlm`` command: files here only parse; the work is a typed function elsewhere.
+
+- ``models.py``   what can be exported
+- ``export.py``   checkpoint → bundle
+- ``run.py``      images and questions → answers
+- ``inspect.py``  what a bundle holds, and whether it is whole
+- ``output.py``   one JSON object for machines, text for people
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from flashvlm_export import __version__
+from flashvlm_export.cli import export, inspect, models, run
+from flashvlm_export.errors import FlashVLMError
+
+_VERBS = (models, export, run, inspect)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []) or not action.option_strings:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all verbs."""
+    parser = argparse.ArgumentParser(
+        prog="flashvlm",
+        description="Vision-language models with text-guided visual token selection inside the exported graph.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashvlm-export {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for module in _VERBS:
+        summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
+        verb = verbs.add_parser(
+            module.__name__.rpartition(".")[2], help=summary, description=summary, formatter_class=_Formatter
+        )
+        module.add_arguments(verb)
+        verb.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
+        verb.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted)."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except FlashVLMError as error:
+        print(f"flashvlm {parsed.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"flashvlm {parsed.verb}: interrupted; nothing half-written is left behind", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        sys.stderr.close()
+        return 1
+    return 0

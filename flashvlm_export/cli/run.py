@@ -1,0 +1,144 @@
+"""flashvlm run: answer questions about images with a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.errors import UsageError
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``flashvlm run``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", required=True, help="picture; repeat for several, asked as one batch"
+    )
+    parser.add_argument(
+        "--prompt", metavar="TEXT", action="append", required=True, help="question; one for all images, or one per image"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
+    parser.add_argument(
+        "--raw-prompt", action="store_true", help="TEXT is a whole prompt with its image placeholder; no chat template"
+    )
+    parser.add_argument("--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)")
+    parser.add_argument(
+        "--text-span",
+        choices=("prompt", "question"),
+        default="prompt",
+        help="text that guides selection: the whole prompt, as the authors do, or the question alone",
+    )
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)")
+    parser.add_argument("--provider", choices=sorted(_PROVIDERS), default="cpu", help="ONNX Runtime execution provider")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
+    parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
+    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 = greedy")
+    parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens; 0 = all")
+    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much probability")
+    parser.add_argument("--seed", metavar="SEED", type=int, help="of sampling; the same seed gives the same answer")
+    parser.add_argument("--heatmap", metavar="PNG", type=Path, help="write a picture of scores and kept tokens")
+    parser.add_argument("--visual-only", action="store_true", help="select tokens and stop; needs no language model")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer, stream the text, print times; write the heat map if asked."""
+    from flashvlm_export.runtime.llm.base import SamplingParams
+    from flashvlm_export.runtime.pipeline import Pipeline, Request
+
+    params = SamplingParams(
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    requests = [
+        Request([image], prompt, args.system, args.raw_prompt) for image, prompt in _pairs(args.image, args.prompt)
+    ]
+    if args.heatmap is not None:
+        from flashvlm_export.runtime.heatmap import check_picture_path
+
+        check_picture_path(args.heatmap)
+    pipeline = Pipeline.open(
+        Bundle.open(args.bundle),
+        precision=args.precision,
+        providers=(_PROVIDERS[args.provider],),
+        threads=args.threads,
+        with_llm=not args.visual_only,
+    )
+    say = talk(args.json)
+    results: list[dict[str, Any]] = []
+    with pipeline:
+        prompts = pipeline.encode(requests, budget=_budget(args.budget), text_span=args.text_span)
+        captions = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            say(f"{request.images[0]}: {request.question}")
+            result: dict[str, Any] = {
+                "image": str(request.images[0]),
+                "prompt": request.question,
+                "visual_tokens": prompt.visual_tokens_before,
+                "kept_tokens": prompt.visual_tokens_kept,
+                "kept_indices": prompt.indices[0],
+                "stage_ms": prompt.stage_ms,
+            }
+            captions.append(request.question)
+            if pipeline.llm is not None:
+                pieces = []
+                for piece in pipeline.stream(prompt, params):
+                    say(piece, end="")
+                    pieces.append(piece)
+                say()
+                stats = pipeline.llm.last_run
+                assert stats is not None  # the stream ran to its end
+                result |= {
+                    "answer": "".join(pieces),
+                    "prompt_tokens": stats.prompt_tokens,
+                    "new_tokens": stats.new_tokens,
+                    "finish_reason": stats.finish_reason,
+                    "stage_ms": {**prompt.stage_ms, "prefill": stats.prefill_ms, "decode": stats.decode_ms},
+                }
+                captions[-1] += f"  →  {result['answer'].strip()}"
+            say(
+                f"  kept {prompt.visual_tokens_kept} of {prompt.visual_tokens_before} visual tokens; "
+                + ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result["stage_ms"].items())
+            )
+            results.append(result)
+    if args.heatmap is not None:
+        from flashvlm_export.runtime.heatmap import draw_selection, save_picture, stack
+
+        grid = pipeline.bundle.manifest.dims.grid
+        sheets = [
+            draw_selection(prompt.views[0], prompt.indices[0], prompt.scores[0], grid, caption)
+            for prompt, caption in zip(prompts, captions, strict=True)
+        ]
+        save_picture(stack(sheets), args.heatmap)
+        say(f"  heat map: {args.heatmap}")
+    if args.json:
+        print_json({"bundle": str(args.bundle), "answers": results, "heatmap": str(args.heatmap) if args.heatmap else None})
+
+
+def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
+    if len(images) == 1:
+        images = images * len(prompts)
+    if len(prompts) == 1:
+        prompts = prompts * len(images)
+    if len(images) != len(prompts):
+        raise UsageError(
+            "images and prompts do not pair up",
+            received=f"{len(images)} --image, {len(prompts)} --prompt",
+            expected="one prompt for all images, one image for all prompts, or as many prompts as images",
+        )
+    return list(zip(images, prompts, strict=True))
+
+
+def _budget(text: str | None) -> object:
+    """Return ``text`` as an ``int`` where it is one; what is not is refused by the budget's own check."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text

@@ -1,0 +1,104 @@
+"""A picture of what selection did: the fused score over the image, and the kept patches on a dimmed one."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from flashvlm_export.errors import ConfigError
+from flashvlm_export.files import atomic_write
+from flashvlm_export.specs import Array
+
+_SIDE = 504
+_GAP = 12
+# Dark to bright through blue, red and yellow; readable in grey too, because lightness rises all the way.
+_STOPS = np.array([[0, 0, 4], [60, 15, 112], [158, 44, 98], [229, 92, 48], [251, 180, 26], [252, 255, 164]])
+
+
+def draw_selection(
+    view: Image.Image, indices: Array, scores: Array, grid: tuple[int, int], caption: str
+) -> Image.Image:
+    """Return two panels beside each other, with a caption below.
+
+    Args:
+        view: the picture that the encoder saw.
+        indices: int ``[K]``: kept patches.
+        scores: float ``[N]``: score of each patch.
+        grid: patch rows and columns, ``N`` = rows × columns.
+        caption: question and answer, wrapped to the width.
+    """
+    rows, columns = grid
+    if rows * columns != len(scores):
+        raise ConfigError("scores do not fill the patch grid", received=len(scores), expected=f"{rows} x {columns}")
+    base = view.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    pixels = np.asarray(base, np.float32)
+
+    # Ranks, not scores: a handful of patches holds nearly all of the score.
+    ranks = np.argsort(np.argsort(scores)) / max(1, len(scores) - 1)
+    heat = _upsample(_colour(ranks).reshape(rows, columns, 3))
+    left = 0.35 * pixels + 0.65 * heat
+
+    kept = np.zeros(len(scores), bool)
+    kept[indices] = True
+    mask = _upsample(kept.reshape(rows, columns, 1).astype(np.float32))
+    right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
+
+    lines = textwrap.wrap(caption, 110) or [""]
+    font = ImageFont.load_default(15)
+    sheet = Image.new("RGB", (2 * _SIDE + 3 * _GAP, _SIDE + 3 * _GAP + 40 + 20 * len(lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ("score (rank of saliency × relevance)", f"kept: {len(indices)} of {len(scores)} visual tokens")
+    for number, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
+        x = _GAP + number * (_SIDE + _GAP)
+        draw.text((x, _GAP), title, "black", font)
+        sheet.paste(Image.fromarray(panel.clip(0, 255).astype(np.uint8)), (x, _GAP + 24))
+    for number, line in enumerate(lines):
+        draw.text((_GAP, _SIDE + 2 * _GAP + 24 + 20 * number), line, "black", font)
+    return sheet
+
+
+def check_picture_path(path: Path) -> str:
+    """Return the format that ``path``'s suffix names; raise :class:`ConfigError` if it names none."""
+    suffix = path.suffix.lower()
+    name = Image.registered_extensions().get(suffix)
+    if name not in Image.SAVE:
+        raise ConfigError(
+            "unknown picture format", received=path.name, expected="a name such as kept.png, kept.jpg or kept.webp"
+        )
+    return name
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write ``picture`` atomically, in the format of ``path``'s suffix."""
+    picture_format = check_picture_path(path)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, picture_format)
+
+
+def stack(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Return ``pictures`` below each other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)), "white")
+    top = 0
+    for picture in pictures:
+        sheet.paste(picture, (0, top))
+        top += picture.height
+    return sheet
+
+
+def _colour(values: Array) -> Array:
+    place = values * (len(_STOPS) - 1)
+    low = np.minimum(place.astype(int), len(_STOPS) - 2)
+    part = (place - low)[:, None]
+    colours: Array = _STOPS[low] * (1 - part) + _STOPS[low + 1] * part
+    return colours
+
+
+def _upsample(cells: Array) -> Array:
+    ys = np.arange(_SIDE) * cells.shape[0] // _SIDE
+    xs = np.arange(_SIDE) * cells.shape[1] // _SIDE
+    upsampled: Array = cells[ys[:, None], xs[None]]
+    return upsampled

@@ -1,0 +1,341 @@
+"""Images and questions in, answers out: the whole of the runtime in the order in which the data goes.
+
+::
+
+    with Pipeline.open("bundle") as vlm:
+        answer = vlm.ask("photo.jpg", "What is in the picture?", budget=128)
+        print(answer.text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from flashvlm_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
+from flashvlm_export.errors import BundleError, ConfigError, UsageError
+from flashvlm_export.preprocessor import decode_preprocessor
+from flashvlm_export.runtime.embeddings import TextEmbeddings, pad_text, splice
+from flashvlm_export.runtime.images import ImageSource, load_image
+from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
+from flashvlm_export.runtime.preprocess import ImagePreprocessor
+from flashvlm_export.runtime.prompt import PromptBuilder, StreamingDetokenizer, TokenizedPrompt
+from flashvlm_export.runtime.sessions.base import VisualSession
+from flashvlm_export.specs import Array, Precision, check_budget
+
+TextSpan = Literal["prompt", "question"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one or several images.
+
+    Attributes:
+        images: paths, bytes, PIL images or arrays, in the order of their placeholders.
+        question: the user's words; put into the chat template unless ``raw``.
+        system: system text for the chat template, if any.
+        raw: ``question`` is a whole prompt with its own placeholders.
+    """
+
+    images: Sequence[ImageSource]
+    question: str
+    system: str | None = None
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class PrunedPrompt:
+    """A prompt whose images are reduced to their kept visual tokens, ready for prefill.
+
+    Attributes:
+        inputs_embeds: float32 ``[S, D]``: text rows with the visual tokens in place of each placeholder.
+        prompt: the prompt before splicing.
+        indices: per image, int64 ``[K]``: which visual tokens were kept, ascending.
+        scores: per image, float32 ``[N]``.
+        views: per image, the RGB picture that the encoder saw.
+        visual_tokens_before: visual tokens of all images without pruning.
+        stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.
+    """
+
+    inputs_embeds: Array
+    prompt: TokenizedPrompt
+    indices: list[Array]
+    scores: list[Array]
+    views: list[Image.Image]
+    visual_tokens_before: int
+    stage_ms: dict[str, float]
+
+    @property
+    def visual_tokens_kept(self) -> int:
+        """Visual tokens of all images after pruning."""
+        return sum(len(indices) for indices in self.indices)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the language model said, and how it came to it."""
+
+    text: str
+    token_ids: list[int]
+    prompt: PrunedPrompt
+    stats: GenerationStats
+    stage_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Pipeline:
+    """Answers questions about images with one visual session and one language model.
+
+    Not thread-safe: one pipeline per thread, sharing the bundle's memory-mapped files.
+
+    Args:
+        bundle: an opened bundle with a tokenizer.
+        session: runs its visual graph; opened and closed with the pipeline.
+        llm: answers; ``None`` if only :meth:`encode` is used.
+    """
+
+    def __init__(self, bundle: Bundle, session: VisualSession, llm: LLMEngine | None) -> None:
+        if bundle.manifest.prompt is None:
+            raise BundleError(
+                "the bundle takes no questions: it has no tokenizer",
+                received=f"{bundle.path}, exported from {bundle.manifest.source.weights}",
+                expected="a bundle exported from a checkpoint with a tokenizer",
+            )
+        self.bundle = bundle
+        self.session = session
+        self.llm = llm
+        self.embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
+        self.preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
+        self.prompts = PromptBuilder(
+            bundle.file(TOKENIZER),
+            bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8"),
+            bundle.manifest.prompt,
+        )
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle | str | Path,
+        *,
+        precision: Precision | str | None = None,
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+        threads: int | None = None,
+        with_llm: bool = True,
+    ) -> Pipeline:
+        """Return a pipeline on ONNX Runtime, opened by ``with`` or :meth:`load`.
+
+        Args:
+            bundle: directory, or an opened bundle.
+            precision: visual graph to run; ``None`` takes the first the manifest lists.
+            providers: ONNX Runtime execution providers, for graph and decoder.
+            threads: threads of one operator; ``None`` leaves it to ONNX Runtime.
+            with_llm: also prepare the bundle's decoder.
+
+        Raises:
+            BundleError, ConfigError, SessionError: see their messages.
+        """
+        from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
+        from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
+
+        bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        chosen = _precision(precision, bundle)
+        graph = bundle.graph_file(chosen)
+        session = OnnxRuntimeSession(
+            graph, bundle.manifest.graphs[chosen.value].spec, providers=providers, threads=threads
+        )
+        pipeline = cls(bundle, session, None)
+        if with_llm:
+            decoder = bundle.manifest.decoder
+            if decoder is None:
+                raise BundleError(
+                    "the bundle has no language model to answer with",
+                    received=str(bundle.path),
+                    expected="a bundle with an LLM decoder",
+                    hint="export it with --decoder int4 (or fp16, fp32), or run with --visual-only",
+                )
+            pipeline.llm = OnnxRuntimeLLM(
+                bundle.file(decoder.file), decoder, pipeline.embeddings.lookup, providers=providers, threads=threads
+            )
+        return pipeline
+
+    def load(self) -> None:
+        """Load graph and language model; ``with`` does the same."""
+        self.session.open()
+        if self.llm is not None:
+            self.llm.open()
+
+    def close(self) -> None:
+        """Release graph and language model."""
+        self.session.close()
+        if self.llm is not None:
+            self.llm.close()
+
+    @property
+    def visual_tokens(self) -> int:
+        """Visual tokens of one image before pruning (``N``)."""
+        return self.bundle.manifest.dims.num_patches
+
+    @property
+    def default_budget(self) -> int:
+        """Token budget the graph was optimised for."""
+        return self.session.spec.dim("budget").opt
+
+    def encode(
+        self, requests: Sequence[Request], *, budget: int | None = None, text_span: TextSpan = "prompt"
+    ) -> list[PrunedPrompt]:
+        """Return one pruned prompt per request; all images go through the graph as one batch.
+
+        Args:
+            requests: one or more; a request with several images is selected for each of them.
+            budget: visual tokens to keep per image, ``1..N``.
+            text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's
+                ``question`` alone.
+
+        Raises:
+            BudgetError, ImageError, PromptError, SessionError: nothing was computed for any request.
+        """
+        if not requests:
+            raise UsageError("no requests", expected="at least one image and question")
+        if text_span not in ("prompt", "question"):
+            raise ConfigError("unknown text span", received=repr(text_span), expected="prompt or question")
+        count = check_budget(self.default_budget if budget is None else budget, self.visual_tokens)
+        clock = _Clock()
+        prompts = [self._tokenize(request) for request in requests]
+        dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
+        guides = [
+            self.embeddings.lookup(prompt.text_ids(text_span), dtype)
+            for request, prompt in zip(requests, prompts, strict=True)
+            for _ in request.images
+        ]
+        clock.lap("tokenize")
+        images = [load_image(source) for request in requests for source in request.images]
+        clock.lap("load_images")
+        pixels = self.preprocess(images)
+        clock.lap("preprocess")
+        text_embeds, text_mask = pad_text(guides)
+        outputs = self.session.run(
+            {
+                "pixel_values": pixels,
+                "text_embeds": text_embeds,
+                "text_mask": text_mask,
+                "budget": np.array(count, np.int64),
+            }
+        )
+        clock.lap("visual")
+        spliced = []
+        first = 0
+        for request, prompt in zip(requests, prompts, strict=True):
+            rows = slice(first, first + len(request.images))
+            first = rows.stop
+            text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
+            visual = [tokens.astype(np.float32) for tokens in outputs.tokens[rows]]
+            spliced.append((rows, prompt, splice(text_rows, prompt.image_positions, visual)))
+        clock.lap("splice")
+        return [
+            PrunedPrompt(
+                inputs_embeds=embeds,
+                prompt=prompt,
+                indices=list(outputs.indices[rows]),
+                scores=list(outputs.scores[rows]),
+                views=[self.preprocess.view(pixel) for pixel in pixels[rows]],
+                visual_tokens_before=self.visual_tokens * (rows.stop - rows.start),
+                stage_ms=dict(clock.laps_ms),
+            )
+            for rows, prompt, embeds in spliced
+        ]
+
+    def stream(self, prompt: PrunedPrompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Yield the answer in pieces of text as they come; ``self.llm.last_run`` then holds times and counts.
+
+        Raises:
+            LLMError: if the prompt and the answer together are too long for the model.
+        """
+        for _, piece in self._generate(prompt, params):
+            if piece:
+                yield piece
+
+    def answer(self, prompt: PrunedPrompt, params: SamplingParams | None = None) -> Answer:
+        """Return the whole answer to a pruned prompt."""
+        pairs = list(self._generate(prompt, params))
+        stats = self._require_llm().last_run
+        assert stats is not None  # _generate ran to its end
+        return Answer(
+            text="".join(piece for _, piece in pairs),
+            token_ids=[token for token, _ in pairs if token is not None],
+            prompt=prompt,
+            stats=stats,
+            stage_ms={**prompt.stage_ms, "prefill": stats.prefill_ms, "decode": stats.decode_ms},
+        )
+
+    def ask(
+        self,
+        image: ImageSource,
+        question: str,
+        *,
+        budget: int | None = None,
+        params: SamplingParams | None = None,
+        text_span: TextSpan = "prompt",
+    ) -> Answer:
+        """Return the answer to one question about one image; see :meth:`encode` and :meth:`answer`."""
+        return self.answer(self.encode([Request([image], question)], budget=budget, text_span=text_span)[0], params)
+
+    def _generate(self, prompt: PrunedPrompt, params: SamplingParams | None) -> Iterator[tuple[int | None, str]]:
+        """Yield ``(token id, text that it completes)``, and at last ``(None, what was held back)``."""
+        llm = self._require_llm()
+        settings = self.bundle.manifest.prompt
+        assert settings is not None  # the constructor refuses such bundles
+        detokenizer = StreamingDetokenizer(self.prompts.tokenizer)
+        tokens = llm.generate(
+            prompt.inputs_embeds, params or SamplingParams(), stop_token_ids=settings.eos_token_ids
+        )
+        for token in tokens:
+            yield token, detokenizer.feed(token)
+        yield None, detokenizer.flush()
+
+    def _require_llm(self) -> LLMEngine:
+        if self.llm is None:
+            raise UsageError("this pipeline was opened without a language model", expected="with_llm=True")
+        return self.llm
+
+    def _tokenize(self, request: Request) -> TokenizedPrompt:
+        if not request.images:
+            raise UsageError("a request without images", expected="at least one image")
+        if request.raw:
+            return self.prompts.raw(request.question, len(request.images))
+        return self.prompts.chat(request.question, len(request.images), request.system)
+
+    def __enter__(self) -> Pipeline:
+        self.load()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps_ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps_ms[stage] = (now - self._last) * 1e3
+        self._last = now
+
+
+def _precision(wanted: Precision | str | None, bundle: Bundle) -> Precision:
+    if wanted is None:
+        return Precision(next(iter(bundle.manifest.graphs)))
+    try:
+        return Precision(wanted)
+    except ValueError:
+        names: Any = ", ".join(bundle.manifest.graphs)
+        raise ConfigError("unknown precision", received=repr(wanted), expected=f"one of {names}") from None
