@@ -1,0 +1,6 @@
+"""Engines that turn prompt embeddings into text tokens.
+
+- ``base``: the interface, its settings, its checks, its timing.
+- ``sampling``: logits → token id, in NumPy.
+- ``onnxruntime``: the bundle's own decoder.
+"""

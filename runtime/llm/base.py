@@ -1,0 +1,265 @@
+"""A language-model engine: prompt embeddings in, token ids out as they come.
+
+The base class owns the life cycle, the checks, the stop conditions and the clock; an engine writes three small methods.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import ClassVar, Literal, TypeVar
+
+import numpy as np
+
+from flashvlm_export.errors import ConfigError, LLMError
+from flashvlm_export.specs import Array
+
+Embed = Callable[[Array], Array]
+"""Token ids, int64 ``[n]`` → their rows of the embedding table, floating point ``[n, D]``."""
+
+E = TypeVar("E", bound="LLMEngine")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen, and how many.
+
+    Attributes:
+        max_new_tokens: the answer ends after this many tokens.
+        temperature: logits are divided by it; 0 always takes the likeliest token (greedy).
+        top_k: choose among this many likeliest tokens; 0 for all.
+        top_p: choose among the likeliest tokens that together reach this probability; 1 for all.
+        seed: of the random choice; the same seed and prompt give the same answer. ``None`` differs every time.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
+        _require(
+            _is_real(self.temperature) and self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "a number from 0; 0 is greedy",
+        )
+        _require(_is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0; 0 is off")
+        _require(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and up to 1; 1 is off")
+        _require(self.seed is None or _is_int(self.seed, 0), "seed", self.seed, "a whole number from 0, or None")
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an engine can do.
+
+    Attributes:
+        embeddings: takes prompt embeddings; without, it takes text only.
+        explicit_positions: takes a position per prompt token; without, they count up from 0.
+        batch: takes several prompts at once.
+        streaming: hands out each token when it is known; without, all of them at the end.
+        sampling: obeys temperature, top-k and top-p; without, it is greedy.
+    """
+
+    embeddings: bool
+    explicit_positions: bool
+    batch: bool
+    streaming: bool
+    sampling: bool
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an opened engine takes: channels of an embedding, and positions of prompt and answer together."""
+
+    width: int
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """One finished generation.
+
+    Attributes:
+        prompt_tokens: rows of the prompt.
+        new_tokens: tokens handed out; a stop token is none of them.
+        prefill_ms: until the first token was known (the time to first token, from embeddings on).
+        decode_ms: all later steps together, without the time the reader took between them; includes the step that
+            found a stop token.
+        finish_reason: ``stop`` at a stop token, ``length`` at ``max_new_tokens``, ``closed`` if the reader went away.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_ms: float
+    decode_ms: float
+    finish_reason: Literal["stop", "length", "closed"]
+
+
+class LLMEngine(ABC):
+    """Generates one answer at a time. Constructing is free; ``open()`` or ``with`` loads the model.
+
+    Attributes:
+        last_run: of the generation that ended last; ``None`` before, during one, and after one that failed.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    def __init__(self) -> None:
+        self.last_run: GenerationStats | None = None
+        self._limits: Limits | None = None
+        self._busy = False
+        # Weak, so that a stream its reader has dropped ends at once instead of keeping the engine busy.
+        self._streams: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
+
+    @property
+    def limits(self) -> Limits:
+        """What this engine takes; raises :class:`LLMError` while it is closed."""
+        if self._limits is None:
+            raise LLMError("the language model is not open", hint="call open(), or use it in a with statement")
+        return self._limits
+
+    def open(self) -> None:
+        """Load the model; raises :class:`SessionError` or :class:`DependencyError` where that is not possible."""
+        if self._limits is None:
+            self._limits = self._open()
+
+    def close(self) -> None:
+        """End streams that are still being read and release the model; may be called twice."""
+        if self._limits is not None:
+            for stream in list(self._streams):
+                stream.close()
+            self._limits = None
+            self._close()
+
+    def generate(
+        self, inputs_embeds: Array, params: SamplingParams, *, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        """Check everything now, and return the stream of token ids; the work starts when the first is asked for.
+
+        Close the stream to stop early; ``last_run`` has the numbers once it has ended.
+
+        Args:
+            inputs_embeds: floating point ``[S, D]``: the prompt, text and visual tokens; not changed.
+            params: how to choose tokens.
+            stop_token_ids: ids that end the answer; they are not handed out.
+
+        Raises:
+            LLMError: here, if the engine is closed or the prompt is empty, too wide or narrow, too long or not
+                finite; from the stream, if another one is being read or the model fails.
+        """
+        self._check_prompt(inputs_embeds, params)
+        stream = self._stream(inputs_embeds, params, frozenset(stop_token_ids))
+        self._streams.add(stream)
+        return stream
+
+    @abstractmethod
+    def _open(self) -> Limits: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    @abstractmethod
+    def _generate(
+        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        """Yield token ids; the base class stops at a stop token or ``max_new_tokens`` and closes the generator.
+
+        An engine that stops by itself may end early; it may yield the stop token or not.
+        """
+
+    def _stream(
+        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        if self._limits is None or self._busy:
+            raise LLMError(
+                "the language model cannot begin this answer",
+                received="another answer is still being read" if self._busy else "a closed engine",
+                hint="read that answer to its end, or close its stream, first" if self._busy else "call open() first",
+            )
+        self._busy, self.last_run = True, None
+        new_tokens, step_ms = 0, [0.0, 0.0]
+        reason: Literal["stop", "length", "closed"] | None = None
+        tokens = self._generate(inputs_embeds, params, stop_token_ids)
+        try:
+            while reason is None:
+                start = time.perf_counter()
+                token = next(tokens, None)
+                step_ms[min(new_tokens, 1)] += (time.perf_counter() - start) * 1e3
+                if token is None or token in stop_token_ids:
+                    reason = "stop"
+                else:
+                    new_tokens += 1
+                    yield token
+                    if new_tokens == params.max_new_tokens:
+                        reason = "length"
+        except GeneratorExit:
+            reason = "length" if new_tokens == params.max_new_tokens else "closed"
+            raise
+        finally:
+            tokens.close()
+            self._busy = False
+            if reason is not None:
+                self.last_run = GenerationStats(len(inputs_embeds), new_tokens, step_ms[0], step_ms[1], reason)
+
+    def _check_prompt(self, inputs_embeds: Array, params: SamplingParams) -> None:
+        limits = self.limits
+        shape = inputs_embeds.shape
+        if inputs_embeds.ndim != 2 or shape[0] == 0 or shape[1] != limits.width or inputs_embeds.dtype.kind != "f":
+            raise LLMError(
+                "the language model cannot take these prompt embeddings",
+                received=f"{inputs_embeds.dtype}{list(shape)}",
+                expected=f"floating point [tokens, {limits.width}] with at least one token",
+                hint="visual graph, embedding table and decoder have to come from one bundle",
+            )
+        if shape[0] + params.max_new_tokens > limits.max_positions:
+            room = limits.max_positions - params.max_new_tokens
+            raise LLMError(
+                "prompt and answer together are too long for the language model",
+                received=f"{shape[0]} prompt tokens + up to {params.max_new_tokens} new ones",
+                expected=f"at most {limits.max_positions} together",
+                hint=f"keep fewer visual tokens (a smaller budget) or shorten the question to {room} prompt tokens in "
+                f"all, or ask for at most {limits.max_positions - shape[0]} new tokens"
+                if room > 0 and shape[0] < limits.max_positions
+                else "keep fewer visual tokens (a smaller budget), shorten the question, or ask for fewer new tokens",
+            )
+        if not np.isfinite(inputs_embeds).all():
+            bad = int(np.argmin(np.isfinite(inputs_embeds).all(axis=1)))
+            raise LLMError(
+                "the prompt embeddings contain NaN or infinity",
+                received=f"the first in row {bad} of {shape[0]}",
+                hint="run the visual graph in fp32 to see whether half precision overflowed there",
+            )
+
+    def __enter__(self: E) -> E:
+        self.open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _require(good: bool, name: str, value: object, expected: str) -> None:
+    if not good:
+        raise ConfigError(f"sampling: {name} is out of range", received=repr(value), expected=expected)
+
+
+def _is_int(value: object, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
