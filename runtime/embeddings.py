@@ -1,0 +1,161 @@
+"""The language model's input embeddings: looked up for text, joined with visual tokens.
+
+The table is memory-mapped: a prompt reads its own few rows of what may be half a gigabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from flashvlm_export.errors import BundleError, PromptError
+
+Rows = npt.NDArray[Any]
+
+
+class TextEmbeddings:
+    """The embedding table ``[vocab, D]`` of a bundle, float16 or float32.
+
+    Args:
+        path: ``text_embeddings.npy``.
+
+    Raises:
+        BundleError: if the file is missing, damaged, or no such table.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._table = _open_table(Path(path))
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table."""
+        return self._table.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Channels of a row (``D``)."""
+        return self._table.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the table on disk."""
+        return self._table.dtype
+
+    def lookup(self, ids: npt.ArrayLike, dtype: npt.DTypeLike) -> Rows:
+        """Return the rows of ``ids``: ``[L, D]`` in ``dtype``, owned by the caller; ``L`` may be 0.
+
+        Raises:
+            PromptError: if ``ids`` are not whole numbers in one dimension, or one is outside of the vocabulary.
+        """
+        ids = np.asarray(ids)
+        if ids.size == 0:
+            return np.empty((0, self.width), dtype)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise PromptError(
+                "these are not token ids",
+                received=f"{ids.dtype} {list(ids.shape)}",
+                expected="whole numbers in one dimension",
+            )
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise PromptError(
+                "a token id is outside of the model's vocabulary",
+                received=int(outside[0]),
+                expected=f"0 to {self.vocab_size - 1}",
+                hint="tokenise with the tokenizer of the same bundle",
+            )
+        return self._table[ids].astype(dtype, copy=False)
+
+
+def pad_text(rows: Sequence[Rows]) -> tuple[Rows, npt.NDArray[np.bool_]]:
+    """Return a batch of prompts as the visual graph takes it.
+
+    Args:
+        rows: per prompt ``[L_i, D]``, all of one dtype.
+
+    Returns:
+        ``text_embeds [B, L, D]``, zero behind each prompt's rows, and ``text_mask`` bool ``[B, L]``, true where there
+        is one. ``L`` is the longest ``L_i`` but at least 1: graphs do not take empty inputs.
+
+    Raises:
+        PromptError: if there is no prompt.
+    """
+    if not rows:
+        raise PromptError("there is no prompt", received="an empty batch", expected="at least one prompt")
+    length = max(1, *(len(row) for row in rows))
+    embeds = np.zeros((len(rows), length, rows[0].shape[1]), rows[0].dtype)
+    mask = np.zeros((len(rows), length), np.bool_)
+    for index, row in enumerate(rows):
+        embeds[index, : len(row)] = row
+        mask[index, : len(row)] = True
+    return embeds, mask
+
+
+def splice(text_rows: Rows, image_positions: Sequence[int], visual: Sequence[Rows]) -> Rows:
+    """Return the prompt's embeddings with each placeholder replaced by that image's visual tokens.
+
+    Args:
+        text_rows: ``[S, D]``, a row for every token, placeholders included (their values are not used).
+        image_positions: indices of the ``n`` placeholders, ascending.
+        visual: per image ``[K_i, D]``, in the same order.
+
+    Returns:
+        ``[S - n + sum(K_i), D]`` in the dtype of ``text_rows``.
+
+    Raises:
+        PromptError: if placeholders and images do not match in number or place.
+        BundleError: if visual tokens and embeddings differ in width.
+    """
+    positions = list(image_positions)
+    if len(positions) != len(visual):
+        raise PromptError(
+            "the image placeholders do not match the images",
+            received=f"{len(positions)} placeholder(s) for {len(visual)} image(s)",
+            expected="one each",
+        )
+    if positions != sorted(set(positions)) or not all(0 <= position < len(text_rows) for position in positions):
+        raise PromptError(
+            "the image positions are not in the prompt",
+            received=positions,
+            expected=f"ascending, 0 to {len(text_rows) - 1}",
+        )
+    pieces = []
+    start = 0
+    for position, tokens in zip(positions, visual, strict=True):
+        if tokens.ndim != 2 or tokens.shape[1] != text_rows.shape[1]:
+            raise BundleError(
+                "visual tokens and text embeddings differ in width",
+                received=list(tokens.shape),
+                expected=f"[K, {text_rows.shape[1]}]",
+                hint="graph and embedding table come from different exports: export the bundle again",
+            )
+        pieces += [text_rows[start:position], tokens.astype(text_rows.dtype, copy=False)]
+        start = position + 1
+    return np.concatenate([*pieces, text_rows[start:]])
+
+
+def _open_table(path: Path) -> Rows:
+    problem = None
+    try:
+        table = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(table, np.ndarray):
+            problem = "an archive of arrays"
+        elif table.ndim != 2 or 0 in table.shape:
+            problem = f"shape {list(table.shape)}"
+        elif table.dtype not in (np.float16, np.float32):
+            problem = f"dtype {table.dtype}"
+    except (OSError, ValueError, EOFError) as error:
+        problem = str(error)
+    if problem:
+        raise BundleError(
+            "the embedding table cannot be read",
+            received=f"{path}: {problem}",
+            expected="a .npy file of float16 or float32 [vocab, D]",
+            hint="export the bundle again: flashvlm export MODEL --output BUNDLE",
+        )
+    # A plain view: rows taken from a memmap would be of that class too.
+    return table.view(np.ndarray)
