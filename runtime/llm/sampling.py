@@ -39,8 +39,9 @@ def token_probabilities(logits: Array, params: SamplingParams) -> Array:
 
     ``params.temperature`` has to be above 0. Tokens as likely as the k-th stay in, as in transformers.
     """
-    # Shifted before it is divided: a tiny temperature would overflow large logits.
-    scores = (logits.astype(np.float64) - float(logits.max())) / params.temperature
+    # Shifted before it is divided: where a tiny temperature overflows, minus infinity is then the right answer.
+    with np.errstate(over="ignore"):
+        scores = (logits.astype(np.float64) - float(logits.max())) / params.temperature
     if 0 < params.top_k < scores.size:
         kth = np.partition(scores, -params.top_k)[-params.top_k]
         scores[scores < kth] = -np.inf
