@@ -45,7 +45,7 @@ class TextEmbeddings:
         """Dtype of the table on disk."""
         return self._table.dtype
 
-    def lookup(self, ids: npt.ArrayLike, dtype: npt.DTypeLike) -> Rows:
+    def lookup(self, ids: npt.ArrayLike, dtype: npt.DTypeLike = np.float32) -> Rows:
         """Return the rows of ``ids``: ``[L, D]`` in ``dtype``, owned by the caller; ``L`` may be 0.
 
         Raises:

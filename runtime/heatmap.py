@@ -29,7 +29,7 @@ def draw_selection(
         indices: int ``[K]``: kept patches.
         scores: float ``[N]``: score of each patch.
         grid: patch rows and columns, ``N`` = rows × columns.
-        caption: question and answer, wrapped to the width.
+        caption: one or more lines, such as question and answer, wrapped to the width.
     """
     rows, columns = grid
     if rows * columns != len(scores):
@@ -47,11 +47,11 @@ def draw_selection(
     mask = _upsample(kept.reshape(rows, columns, 1).astype(np.float32))
     right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
 
-    lines = textwrap.wrap(caption, 110) or [""]
+    lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, 120)] or [""]
     font = ImageFont.load_default(15)
     sheet = Image.new("RGB", (2 * _SIDE + 3 * _GAP, _SIDE + 3 * _GAP + 40 + 20 * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("score (rank of saliency × relevance)", f"kept: {len(indices)} of {len(scores)} visual tokens")
+    titles = ("score: saliency and relevance, by rank", f"kept: {len(indices)} of {len(scores)} visual tokens")
     for number, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
         x = _GAP + number * (_SIDE + _GAP)
         draw.text((x, _GAP), title, "black", font)

@@ -15,7 +15,7 @@ import threading
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,11 @@ _WHAT_TO_DO = "convert it to PNG or JPEG and try again"
 _opening = threading.Lock()
 
 
-def load_image(
-    source: str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any], *, limit_pixels: int = LIMIT_PIXELS
-) -> Image.Image:
+#: What :func:`load_image` reads.
+ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, npt.NDArray[Any]]
+
+
+def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Image.Image:
     """Return an image as 8-bit RGB, upright.
 
     Args:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,12 +26,9 @@ from flashvlm_export.runtime.embeddings import TextEmbeddings, pad_text, splice
 from flashvlm_export.runtime.images import ImageSource, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
-from flashvlm_export.runtime.prompt import PromptBuilder, StreamingDetokenizer, TokenizedPrompt
+from flashvlm_export.runtime.prompt import PromptBuilder, TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.specs import Array, Precision, check_budget
-
-TextSpan = Literal["prompt", "question"]
-
 
 @dataclass(frozen=True)
 class Request:
@@ -59,7 +56,6 @@ class PrunedPrompt:
         prompt: the prompt before splicing.
         indices: per image, int64 ``[K]``: which visual tokens were kept, ascending.
         scores: per image, float32 ``[N]``.
-        views: per image, the RGB picture that the encoder saw.
         visual_tokens_before: visual tokens of all images without pruning.
         stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.
     """
@@ -68,7 +64,6 @@ class PrunedPrompt:
     prompt: TokenizedPrompt
     indices: list[Array]
     scores: list[Array]
-    views: list[Image.Image]
     visual_tokens_before: int
     stage_ms: dict[str, float]
 
@@ -202,8 +197,6 @@ class Pipeline:
         """
         if not requests:
             raise UsageError("no requests", expected="at least one image and question")
-        if text_span not in ("prompt", "question"):
-            raise ConfigError("unknown text span", received=repr(text_span), expected="prompt or question")
         count = check_budget(self.default_budget if budget is None else budget, self.visual_tokens)
         clock = _Clock()
         prompts = [self._tokenize(request) for request in requests]
@@ -243,12 +236,15 @@ class Pipeline:
                 prompt=prompt,
                 indices=list(outputs.indices[rows]),
                 scores=list(outputs.scores[rows]),
-                views=[self.preprocess.view(pixel) for pixel in pixels[rows]],
                 visual_tokens_before=self.visual_tokens * (rows.stop - rows.start),
                 stage_ms=dict(clock.laps_ms),
             )
             for rows, prompt, embeds in spliced
         ]
+
+    def view(self, image: ImageSource) -> Image.Image:
+        """Return ``image`` as the encoder sees it, for drawing on."""
+        return self.preprocess.view(load_image(image))
 
     def stream(self, prompt: PrunedPrompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the answer in pieces of text as they come; ``self.llm.last_run`` then holds times and counts.
@@ -290,7 +286,7 @@ class Pipeline:
         llm = self._require_llm()
         settings = self.bundle.manifest.prompt
         assert settings is not None  # the constructor refuses such bundles
-        detokenizer = StreamingDetokenizer(self.prompts.tokenizer)
+        detokenizer = self.prompts.detokenizer()
         tokens = llm.generate(
             prompt.inputs_embeds, params or SamplingParams(), stop_token_ids=settings.eos_token_ids
         )

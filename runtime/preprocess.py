@@ -50,6 +50,10 @@ class ImagePreprocessor:
                 np.take(self._levels[channel], pixels[:, :, channel], out=rows[channel], mode="clip")
         return batch
 
+    def view(self, image: Image.Image) -> Image.Image:
+        """Return the picture that the encoder sees: ``image`` resized and cropped, 8-bit RGB."""
+        return Image.fromarray(self._resized_and_cropped(image))
+
     def _resized_and_cropped(self, image: Image.Image) -> Pixels:
         if image.mode != "RGB":
             raise ImageError(

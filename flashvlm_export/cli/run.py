@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
                     "finish_reason": stats.finish_reason,
                     "stage_ms": {**prompt.stage_ms, "prefill": stats.prefill_ms, "decode": stats.decode_ms},
                 }
-                captions[-1] += f"  →  {result['answer'].strip()}"
+                captions[-1] += f"\n{result['answer'].strip()}"
             say(
                 f"  kept {prompt.visual_tokens_kept} of {prompt.visual_tokens_before} visual tokens; "
                 + ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in result["stage_ms"].items())
@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
 
         grid = pipeline.bundle.manifest.dims.grid
         sheets = [
-            draw_selection(prompt.views[0], prompt.indices[0], prompt.scores[0], grid, caption)
-            for prompt, caption in zip(prompts, captions, strict=True)
+            draw_selection(pipeline.view(request.images[0]), prompt.indices[0], prompt.scores[0], grid, caption)
+            for request, prompt, caption in zip(requests, prompts, captions, strict=True)
         ]
         save_picture(stack(sheets), args.heatmap)
         say(f"  heat map: {args.heatmap}")

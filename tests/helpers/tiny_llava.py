@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
 
 
 def make_config(
-    *, image_size: int = 56, vision_width: int = 32, llm_width: int = 48, vocab_size: int = 320, **overrides: Any
+    *, image_size: int = 56, vision_width: int = 32, llm_width: int = 64, vocab_size: int = 320, **overrides: Any
 ) -> LlavaConfig:
     """16 visual tokens by default (56 px, patches of 14 px); 336 px gives LLaVA-1.5's 576."""
     return LlavaConfig(
@@ -105,3 +106,17 @@ def make_tiny_llava(directory: Path, *, seed: int = 0, dtype: torch.dtype = torc
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     ).save_pretrained(directory)
     return directory
+
+
+def main() -> None:
+    """Write a checkpoint from the command line, for the demo and for tests in environments without torch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--image-size", type=int, default=56)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    make_tiny_llava(args.directory, seed=args.seed, image_size=args.image_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= llava-1.5-7b
+WEIGHTS ?= auto
+BUNDLE ?= build/$(MODEL)
+DEMO := build/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check lint types unit runtime-lanes test-gpu onnx bench bench-export bench-start clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+install: $(VENV)/installed ## create .venv with everything that development needs
+
+demo: $(VENV)/installed ## a photograph through the exported graph, beside PyTorch
+	test -f $(DEMO)/checkpoint/config.json || \
+	  $(BIN)/python tests/helpers/tiny_llava.py $(DEMO)/checkpoint --image-size 336 --seed 7
+	test -f $(DEMO)/bundle/manifest.json || \
+	  $(BIN)/flashvlm export $(DEMO)/checkpoint --output $(DEMO)/bundle --precision fp32 --diversity farthest
+	$(BIN)/python examples/demo.py $(DEMO)/bundle $(DEMO)/checkpoint --heatmap $(DEMO)/kept.png
+
+test: lint types unit runtime-lanes ## lint, types, tests; runtime tests on Python 3.10 and 3.12 where they are installed
+
+check: test ## exactly what CI runs
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+unit: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+runtime-lanes: build/lane/bundle/manifest.json
+	@for version in 3.10 3.12; do tests/runtime_lane.sh $$version build/lane || exit 1; done
+
+build/lane/bundle/manifest.json: $(VENV)/installed
+	rm -rf build/lane/checkpoint build/lane/bundle
+	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
+	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle
+
+test-gpu: $(VENV)/installed ## tests that need an NVIDIA GPU; fails without one
+	FLASHVLM_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu
+
+onnx: $(VENV)/installed ## export MODEL (WEIGHTS=auto|DIR|random) to BUNDLE
+	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
+
+bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
+	$(BIN)/python benchmarks/visual_latency.py
+
+bench-export: $(VENV)/installed ## peak memory of exporting a full-size checkpoint
+	$(BIN)/python benchmarks/export_memory.py
+
+bench-start: $(VENV)/installed build/lane/bundle/manifest.json ## import and open time of the runtime
+	$(BIN)/python benchmarks/start_up.py build/lane/bundle
+
+clean: ## remove what the targets above made, .venv included
+	rm -rf build dist $(VENV) .venv-3.*

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Runtime tests on another Python with the base install and ONNX Runtime only, as on a device: no torch.
+# usage: tests/runtime_lane.sh VERSION LANE_DIR   (LANE_DIR/bundle is a bundle to test with)
+set -euo pipefail
+version=$1
+lane=$2
+python=
+for candidate in "python$version" "$HOME"/.pyenv/versions/"$version".*/bin/python; do
+  if "$candidate" -c 'import venv' 2>/dev/null; then
+    python=$candidate
+    break
+  fi
+done
+if [ -z "$python" ]; then
+  echo "runtime lane: Python $version is not installed here; not tested"
+  exit 0
+fi
+venv=.venv-$version
+if [ ! -f "$venv/installed" ] || [ pyproject.toml -nt "$venv/installed" ]; then
+  "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[ort]' pytest
+  touch "$venv/installed"
+fi
+echo "runtime lane: $("$venv/bin/python" --version)"
+FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime
