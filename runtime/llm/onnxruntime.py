@@ -89,14 +89,18 @@ class OnnxRuntimeLLM(LLMEngine):
     ) -> Generator[int, None, None]:
         sampler = Sampler(params)
         binding = self._session.io_binding()
-        self._bind_cache(binding, len(inputs_embeds) + params.max_new_tokens)
+        # Held here: up to ONNX Runtime 1.23 at least, a binding does not keep the NumPy memory that is bound to it alive.
+        caches = self._bind_cache(binding, len(inputs_embeds) + params.max_new_tokens)
         rows, past = inputs_embeds, 0
-        while True:
-            logits = self._step(binding, self._as_input(rows), past)
-            past += len(rows)
-            token = sampler(logits)
-            yield token
-            rows = self.embed(np.array([token], np.int64))
+        try:
+            while True:
+                logits = self._step(binding, self._as_input(rows), past)
+                past += len(rows)
+                token = sampler(logits)
+                yield token
+                rows = self.embed(np.array([token], np.int64))
+        finally:
+            del binding, caches
 
     def _step(self, binding: Any, rows: Array, past: int) -> Array:
         """Run ``rows [1, n, D]`` at positions ``past``… and return the last one's logits ``[vocab]``."""
@@ -120,17 +124,21 @@ class OnnxRuntimeLLM(LLMEngine):
         logits: Array = binding.get_outputs()[0].numpy()[0, -1]
         return logits
 
-    def _bind_cache(self, binding: Any, positions: int) -> None:
+    def _bind_cache(self, binding: Any, positions: int) -> list[Any]:
+        """Bind an empty cache and return its buffers, which the caller has to hold as long as it uses ``binding``."""
         from onnxruntime import OrtValue
 
         # First of all outputs, so that it stays number 0.
         binding.bind_output("logits", "cpu")
         device = "cuda" if self.providers[0] == "CUDAExecutionProvider" else "cpu"
         shape = (1, self.entry.num_kv_heads, positions, self.entry.head_size)
+        caches = []
         for past, present in self._cache_names():
             cache = OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), device, 0)
             binding.bind_ortvalue_input(past, cache)
             binding.bind_ortvalue_output(present, cache)
+            caches.append(cache)
+        return caches
 
     def _cache_names(self) -> list[tuple[str, str]]:
         return [

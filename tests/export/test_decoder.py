@@ -122,8 +122,8 @@ def test_logits_equal_transformers(
 
 def test_weights_keep_their_dtype_whatever_the_configuration_says(tmp_path: Path) -> None:
     config = make_config(llm_width=64).text_config
+    model = make_model(config)
     config.dtype = torch.float16
-    model = make_model(config).to(torch.float32)
     entry = export_decoder(config, stored(model).items(), tmp_path / "llm", "fp32")
     embeds = torch.randn(1, 9, 64)
     with torch.no_grad():

@@ -86,7 +86,8 @@ def answer(engine: OnnxRuntimeLLM, prompt: np.ndarray, new_tokens: int = NEW_TOK
 
 def prefill_logits(engine: OnnxRuntimeLLM, prompt: np.ndarray) -> np.ndarray:
     binding = engine._session.io_binding()
-    engine._bind_cache(binding, len(prompt))
+    caches = engine._bind_cache(binding, len(prompt))
+    assert len(caches) == 2 * engine.entry.num_layers
     return engine._step(binding, engine._as_input(prompt), 0).astype(np.float64)
 
 
@@ -156,10 +157,10 @@ def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
     prompt = prompts()[3]
     with fp32.engine() as engine:
         binding = engine._session.io_binding()
-        engine._bind_cache(binding, len(prompt) + 8)
-        shape = (1, fp32.entry.num_kv_heads, len(prompt) + 8, fp32.entry.head_size)
+        caches = engine._bind_cache(binding, len(prompt) + 8)
         for past, present in engine._cache_names():
-            cache = OrtValue.ortvalue_from_numpy(np.full(shape, np.nan, np.float32))
+            cache = OrtValue.ortvalue_from_numpy(np.full(caches[0].shape(), np.nan, np.float32))
+            caches.append(cache)
             binding.bind_ortvalue_input(past, cache)
             binding.bind_ortvalue_output(present, cache)
         logits = engine._step(binding, engine._as_input(prompt), 0)
@@ -169,14 +170,27 @@ def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
 def test_the_cache_is_written_in_place(fp32: Exported) -> None:
     with fp32.engine() as engine:
         binding = engine._session.io_binding()
-        engine._bind_cache(binding, 24)
-        outputs = binding.get_outputs
+        caches = engine._bind_cache(binding, 24)
         engine._step(binding, engine._as_input(prompts()[3]), 0)
-        before = [value.data_ptr() for value in outputs()[1:]]
         engine._step(binding, engine._as_input(prompts()[0]), 17)
-        assert [value.data_ptr() for value in outputs()[1:]] == before
-        assert len(set(before)) == 2 * fp32.entry.num_layers
-        assert all(value.shape()[2] == 24 for value in outputs()[1:])
+        written = binding.get_outputs()[1:]
+        assert {value.data_ptr() for value in written} == {cache.data_ptr() for cache in caches}
+        assert len(written) == len(caches)
+        for cache in caches:
+            used = np.abs(cache.numpy()).sum(axis=(0, 1, 3)) > 0
+            assert used.tolist() == [True] * 18 + [False] * 6
+
+
+def test_the_cache_outlives_whatever_the_reader_allocates(fp32: Exported) -> None:
+    """ONNX Runtime borrows NumPy's memory; a buffer freed too early would soon hold something of the reader's."""
+    prompt = prompts()[3]
+    shape = (1, fp32.entry.num_kv_heads, len(prompt) + NEW_TOKENS, fp32.entry.head_size)
+    tokens, junk = [], []
+    with fp32.engine() as engine:
+        for token in engine.generate(prompt, SamplingParams(max_new_tokens=NEW_TOKENS), stop_token_ids=()):
+            tokens.append(token)
+            junk.extend(np.full(shape, np.nan, np.float32) for _ in range(4 * fp32.entry.num_layers))
+    assert tokens == fp32.reference(prompt)
 
 
 def test_stop_tokens_and_length(fp32: Exported) -> None:
