@@ -89,7 +89,7 @@ class OnnxRuntimeLLM(LLMEngine):
     ) -> Generator[int, None, None]:
         sampler = Sampler(params)
         binding = self._session.io_binding()
-        # Held here: up to ONNX Runtime 1.23 at least, a binding does not keep the NumPy memory that is bound to it alive.
+        # Held here: in ONNX Runtime 1.23 a binding does not keep alive the NumPy memory that is bound to it.
         caches = self._bind_cache(binding, len(inputs_embeds) + params.max_new_tokens)
         rows, past = inputs_embeds, 0
         try:
