@@ -53,7 +53,7 @@ class Bundle:
         if not (path / MANIFEST).is_file():
             raise BundleError(
                 "there is no bundle at this path",
-                received=f"{path} ({'no ' + MANIFEST if path.is_dir() else 'no such directory'})",
+                received=f"{path} ({_reason(path)})",
                 expected="a directory written by flashvlm export",
                 hint=f"flashvlm export MODEL --output {path}",
             )
@@ -104,6 +104,12 @@ class Bundle:
                 hint=f"export it again: flashvlm export {self.manifest.source.model} --output {self.path}, "
                 "or copy it again from where it is whole",
             )
+
+
+def _reason(path: Path) -> str:
+    if path.is_dir():
+        return f"no {MANIFEST}"
+    return "not a directory" if path.exists() else "no such directory"
 
 
 def describe_files(directory: Path) -> dict[str, FileEntry]:

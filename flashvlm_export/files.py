@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from flashvlm_export.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNWRITABLE = (
+    errno.EACCES,
+    errno.EBUSY,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 
 def sha256_of(path: Path) -> str:
@@ -32,38 +49,45 @@ def atomic_write(path: Path) -> Iterator[Path]:
             _sync(temporary)
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        # A path that cannot be written cannot be cleaned up either.
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary directory beside ``path``; swap it into place on success, remove it on failure.
 
-    A process killed in between leaves what stood at ``path`` and a ``.NAME.PID.partial`` directory, which the next
-    write to the same ``path`` removes once that process is gone.
+    A process killed in between leaves what stood at ``path`` and a ``.NAME.TOKEN.partial`` directory, which the next
+    write to the same ``path`` removes. A lock that the kernel drops with the process tells the two apart: process ids
+    do not, since in containers each writer has the same one. A symbolic link at ``path`` stays; its target changes.
     """
     with storage_errors(path):
+        path = path.resolve()
+        if path.is_mount():
+            raise StorageError(
+                "the output path is a mount point, which cannot be replaced as a whole",
+                received=path,
+                expected="a directory below it",
+                hint=f"write to {path / 'bundle'}",
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        _clear_abandoned(path)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
         temporary.mkdir()
+    lock = os.open(temporary, os.O_RDONLY)
     try:
         with storage_errors(path):
+            # Some network file systems have no locks; what is abandoned there stays.
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _sync(file)
-            retired = path.with_name(f".{path.name}.{os.getpid()}.retired")
-            if path.exists():
-                path.rename(retired)
-            try:
-                temporary.rename(path)
-            except OSError:
-                if retired.exists():
-                    retired.rename(path)
-                raise
-            shutil.rmtree(retired, ignore_errors=True)
+            _swap(temporary, path)
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -73,13 +97,13 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in _FULL:
             raise StorageError(
                 "the disk is full; nothing was changed",
                 received=f"{error.strerror} while writing {path}",
                 hint="free some space, or write to another disk",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             raise StorageError(
                 "the output path cannot be written",
                 received=f"{path}: {error.strerror}",
@@ -90,7 +114,8 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def require_free_space(path: Path, needed_bytes: int) -> None:
     """Raise :class:`StorageError` unless the disk that holds ``path`` has ``needed_bytes`` free."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    path = path.resolve()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise StorageError(
@@ -106,8 +131,44 @@ def _sync(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-def _remove_abandoned(path: Path) -> None:
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        pid = leftover.name.split(".")[-2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            shutil.rmtree(leftover, ignore_errors=True)
+def _swap(new: Path, path: Path) -> None:
+    retired = new.with_suffix(".retired")
+    try:
+        if path.exists():
+            path.rename(retired)
+        new.rename(path)
+    finally:
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        elif retired.exists():
+            retired.rename(path)
+
+
+def _clear_abandoned(path: Path) -> None:
+    """Remove what killed writers of ``path`` left; put back what one had moved aside when it was killed."""
+    pattern = f".{glob.escape(path.name)}.*"
+    for partial in path.parent.glob(f"{pattern}.partial"):
+        if _is_abandoned(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+    for retired in path.parent.glob(f"{pattern}.retired"):
+        if retired.with_suffix(".partial").exists():
+            continue  # its writer lives
+        if path.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            retired.rename(path)
+
+
+def _is_abandoned(directory: Path) -> bool:
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    else:
+        return True
+    finally:
+        os.close(descriptor)

@@ -65,6 +65,10 @@ class TensorSpec:
 
     def check(self, array: Array, sizes: dict[str, int]) -> None:
         """Raise :class:`SessionError` unless ``array`` fits; ``sizes`` collects what each dynamic name was bound to."""
+        if not isinstance(array, np.ndarray):
+            raise SessionError(
+                f"input '{self.name}' is not an array", received=type(array).__name__, expected="a NumPy array"
+            )
         if array.dtype != np.dtype(self.dtype):
             raise SessionError(f"input '{self.name}' has the wrong dtype", received=array.dtype, expected=self.dtype)
         fits = array.ndim == len(self.shape)
