@@ -1,0 +1,51 @@
+"""Fixtures of the whole suite. An export takes seconds, so one tiny checkpoint and one tiny bundle serve all tests.
+
+``FLASHVLM_TEST_BUNDLE`` names a bundle that was exported before, so that the runtime's tests run without torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA checkpoint of 16 visual tokens with random weights. Do not change it: copy it."""
+    pytest.importorskip("transformers", reason="making a checkpoint needs transformers")
+    from helpers.tiny_llava import make_tiny_llava
+
+    return make_tiny_llava(tmp_path_factory.mktemp("checkpoint") / "tiny-llava")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``tiny_checkpoint``: fp32 and fp16 graphs, fp32 decoder. Do not change it: copy it."""
+    given = os.environ.get("FLASHVLM_TEST_BUNDLE")
+    if given:
+        return Path(given)
+    checkpoint = request.getfixturevalue("tiny_checkpoint")
+    from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
+
+    output = tmp_path_factory.mktemp("bundle") / "tiny"
+    settings = ExportSettings(str(checkpoint), output, decoder="fp32", engine_check="off")
+    return bundle_from_checkpoint(settings).path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, so that a full disk is a real one; skips where mounting is not allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
