@@ -21,7 +21,7 @@ from flashvlm_export.export.processor_files import write_preprocessor, write_pro
 from flashvlm_export.export.rtx import rtx_available, timed_rtx_check
 from flashvlm_export.export.text_model import text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
-from flashvlm_export.files import atomic_directory, require_free_space
+from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
 from flashvlm_export.manifest import (
     SCHEMA_VERSION,
     DecoderEntry,
@@ -41,7 +41,18 @@ EngineCheck = Literal["auto", "off", "required"]
 
 # Below this many parameters a float32 decoder is small and fast enough anywhere; above it, int4 is what fits.
 _SMALL_LLM = 1_000_000_000
-_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai", "tensorrt-rtx-cu12")
+# Pillow among them: its versions resize differently in the last bit.
+_TOOLS = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "pillow",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "tensorrt-rtx-cu12",
+)
 
 
 @dataclass(frozen=True)
@@ -89,14 +100,12 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
     adapter = adapter_class(weights.config["model_type"])(weights.config)
     decoder = _resolve_decoder(settings, adapter, weights)
     _print_settings(settings, adapter, weights, config, decoder, progress)
+    if decoder != "none":
+        _require_decoder(adapter)
     require_free_space(settings.output, _size_bytes(settings, adapter, decoder))
 
     with atomic_directory(settings.output) as staging:
-        graphs, checks = {}, {}
-        for precision in settings.precisions:
-            graphs[precision.value], checks[precision.value] = _write_graph(
-                staging, adapter, weights, selector, config, precision, settings.engine_check, progress
-            )
+        # What is quick comes first, so that a checkpoint that lacks something is refused at once.
         progress.step("text embeddings")
         write_text_embeddings(staging / TEXT_EMBEDDINGS, adapter, weights)
         prompt = None
@@ -104,6 +113,12 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             progress.step("tokenizer, chat template, image processor")
             prompt = write_prompt_files(weights.directory, staging, adapter, progress)
         write_preprocessor(staging / PREPROCESSOR, adapter, weights)
+        graphs, checks = {}, {}
+        for precision in settings.precisions:
+            graphs[precision.value], checks[precision.value] = _write_graph(
+                staging, adapter, weights, selector, config, precision, settings.engine_check, progress
+            )
+        weights_sha256 = weights.fingerprint()  # before the decoder, so that it is the same without one
         entry = _write_decoder(staging, adapter, weights, decoder, progress) if decoder != "none" else None
         progress.step("manifest")
         manifest = Manifest(
@@ -113,7 +128,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
                 family=adapter.family,
                 weights=weights.label,
                 config_sha256=hashlib.sha256(json.dumps(weights.config, sort_keys=True).encode()).hexdigest(),
-                weights_sha256=weights.fingerprint(),
+                weights_sha256=weights_sha256,
             ),
             dims=adapter.dims,
             selection=Selection(selector.name, asdict(config)),
@@ -144,16 +159,17 @@ def _check_settings(settings: ExportSettings) -> None:
         raise DependencyError(
             "the engine check needs TensorRT-RTX", hint="pip install 'flashvlm-export[rtx]', or --engine-check auto"
         )
-    if settings.output.exists():
+    with storage_errors(settings.output):
+        is_taken = settings.output.exists()
         is_bundle = (settings.output / "manifest.json").is_file()
         is_empty = settings.output.is_dir() and not any(settings.output.iterdir())
-        if not is_empty and not (is_bundle and settings.overwrite):
-            raise StorageError(
-                "the output path is taken",
-                received=f"{settings.output} ({'a bundle' if is_bundle else 'not a bundle'})",
-                expected="a new path, an empty directory, or a bundle together with --overwrite",
-                hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}",
-            )
+    if is_taken and not is_empty and not (is_bundle and settings.overwrite):
+        raise StorageError(
+            "the output path is taken",
+            received=f"{settings.output} ({'a bundle' if is_bundle else 'not a bundle'})",
+            expected="a new path, an empty directory, or a bundle together with --overwrite",
+            hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}",
+        )
 
 
 def _resolve_decoder(settings: ExportSettings, adapter: Adapter, weights: WeightSource) -> DecoderChoice:
@@ -248,22 +264,22 @@ def _write_graph(
     return GraphEntry(graph.file.name, inputs.spec), checks
 
 
+def _require_decoder(adapter: Adapter) -> None:
+    from flashvlm_export.export.decoder import require_exportable
+
+    require_exportable(adapter.config.text_config)
+
+
 def _write_decoder(
     staging: Path, adapter: Adapter, weights: WeightSource, decoder: DecoderChoice, progress: Progress
 ) -> DecoderEntry:
     from flashvlm_export.export.decoder import export_decoder
 
     progress.step(f"LLM decoder {decoder}")
-    return export_decoder(
-        adapter.config.text_config, text_model_tensors(adapter, weights), staging / "llm", decoder
-    )
+    return export_decoder(adapter.config.text_config, text_model_tensors(adapter, weights), staging / "llm", decoder)
 
 
 def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for name in _TOOLS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {
+        name: importlib.metadata.version(name) for name in _TOOLS if importlib.util.find_spec(name.replace("-", "_"))
+    }

@@ -66,7 +66,7 @@ class WeightSource(ABC):
         if name not in self._digests:
             header = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
             data = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-            self._digests[name] = hashlib.sha256(header + hashlib.sha256(data).digest()).hexdigest()
+            self._digests[name] = hashlib.sha256(header + hashlib.sha256(data.data).digest()).hexdigest()
         return tensor
 
     def fingerprint(self) -> str:
@@ -83,7 +83,7 @@ class Checkpoint(WeightSource):
         super().__init__()
         self.directory: Path = directory
         self.config = read_config(directory)
-        self._places = {canonical(key): (shard, key) for key, shard in _index(directory).items()}
+        self._places = {canonical(key): (shard, key) for key, shard in weight_index(directory).items()}
 
     def names(self) -> Iterable[str]:
         """Return the canonical names of all tensors in the index."""
@@ -148,13 +148,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
             "there is no checkpoint in this directory",
-            received=f"{directory} without config.json" if directory.is_dir() else f"{directory} does not exist",
+            received=f"{directory} {_lacks_config(directory)}",
             expected="a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json, …",
         )
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(config["model_type"], str):
+            raise TypeError(f"model_type is {config['model_type']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             "config.json is not a model configuration",
             received=f"{path}: {error!r}",
@@ -163,14 +164,25 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _index(directory: Path) -> dict[str, str]:
-    """Return ``{tensor name: shard file}``."""
+def _lacks_config(directory: Path) -> str:
+    if directory.is_dir():
+        return "without config.json"
+    return "is not a directory" if directory.exists() else "does not exist"
+
+
+def weight_index(directory: Path) -> dict[str, str]:
+    """Return ``{tensor name: shard file}``; raise :class:`CheckpointError` if there are no weights to be read."""
     if (directory / INDEX).is_file():
         try:
             weight_map: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise TypeError("weight_map names shards that are not text")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{INDEX} is damaged", received=repr(error), expected='a JSON object with "weight_map"'
+                f"{INDEX} is damaged",
+                received=f"{directory / INDEX}: {error!r}",
+                expected='a JSON object with "weight_map": {tensor: file}',
+                hint="download the checkpoint again",
             ) from error
         return weight_map
     if (directory / SINGLE).is_file():

@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, ExportError
+from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, head_size, pad_heads
 from flashvlm_export.files import require_free_space, storage_errors
 from flashvlm_export.manifest import DecoderEntry
 
@@ -52,7 +53,6 @@ _EXECUTION_PROVIDER = {"fp32": "cpu", "fp16": "cuda", "int4": "cpu"}
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 0.625}
 
 # ONNX Runtime's GroupQueryAttention refuses others once it rotates positions itself.
-_HEAD_SIZE_MULTIPLE = 16
 
 # ``prune_lm_head``: only the last position's logits leave the graph, [batch, 1, vocab]. A generator needs no others,
 # and the rest would be a few per cent of the prefill's work and, at 640 tokens and a vocabulary of 152 000, 390 MB. The
@@ -104,14 +104,14 @@ def export_decoder(
         raise ConfigError(
             "unknown decoder precision", received=precision, expected=f"one of {', '.join(get_args(DecoderPrecision))}"
         )
-    _require_builder()
-    config = _causal_lm_config(text_config)
+    require_exportable(text_config)
+    config, tensors = pad_heads(_causal_lm_config(text_config), tensors)
     entry = DecoderEntry(
         file=f"{directory.name}/{MODEL}",
         precision=precision,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
-        head_size=_head_size(config),
+        head_size=head_size(config),
         max_positions=config.max_position_embeddings,
     )
     with storage_errors(directory):
@@ -127,6 +127,12 @@ def export_decoder(
             for name in (f"{MODEL}.data", MODEL):
                 (built / name).replace(directory / name)
     return entry
+
+
+def require_exportable(text_config: PreTrainedConfig) -> None:
+    """Raise what :func:`export_decoder` raises before it reads a weight, so that it is known before other work."""
+    _require_builder()
+    _causal_lm_config(text_config)
 
 
 def _require_builder() -> None:
@@ -158,11 +164,11 @@ def _causal_lm_config(text_config: PreTrainedConfig) -> Any:
             expected=f"one of {', '.join(_ROPE_TYPES)}",
             hint=hint,
         )
-    if _head_size(config) % _HEAD_SIZE_MULTIPLE:
+    if head_size(config) % HEAD_SIZE_MULTIPLE and config.model_type not in PADDABLE:
         raise ExportError(
             "ONNX Runtime's attention cannot take heads of this size",
-            received=f"head size {_head_size(config)}",
-            expected=f"a multiple of {_HEAD_SIZE_MULTIPLE}",
+            received=f"head size {head_size(config)} in a model of type '{config.model_type}'",
+            expected=f"a multiple of {HEAD_SIZE_MULTIPLE}, or a model of type {', '.join(PADDABLE)}",
             hint=hint,
         )
     config.architectures = [_ARCHITECTURES[config.model_type]]
@@ -187,10 +193,6 @@ def _drop_sliding_window(config: Any) -> None:
         config.use_sliding_window = False
     if getattr(config, "layer_types", None):
         config.layer_types = ["full_attention"] * config.num_hidden_layers
-
-
-def _head_size(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _expected_shapes(config: Any) -> dict[str, tuple[int, ...]]:

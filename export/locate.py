@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from flashvlm_export.errors import CheckpointError, ConfigError
-from flashvlm_export.export.checkpoint import Checkpoint, RandomWeights, WeightSource, read_config
+from flashvlm_export.export.checkpoint import Checkpoint, RandomWeights, WeightSource, read_config, weight_index
 from flashvlm_export.models import MODELS, adapter_class, find_model
 
 # Everything an export reads, and nothing else (no pickled weights).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+_HUB_TIMEOUT_S = 20.0
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def open_weights(model: str, weights: str, *, revision: str | None = None) -> WeightSource:
@@ -32,15 +35,17 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
                 expected=f"one of {', '.join(MODELS)}",
             )
         seed = weights.partition(":")[2] or "0"
-        if not seed.isdigit():
+        if not seed.isdecimal():
             raise ConfigError("the seed is not a whole number", received=weights, expected="random or random:SEED")
         return RandomWeights(entry.config, int(seed))
     if weights != "auto":
         directory = Path(weights)
     elif Path(model).is_dir():
         directory = Path(model)
-    elif entry is not None or "/" in model:
+    elif entry is not None or _HUB_ID.fullmatch(model):
         directory = _snapshot(entry.repo if entry else model, revision)
+    elif "/" in model:
+        directory = Path(model)
     else:
         raise ConfigError(
             "unknown model",
@@ -53,22 +58,25 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
 
 def _snapshot(repo: str, revision: str | None) -> Path:
     """Return the cached snapshot of ``repo``, downloading it where the hub can be reached."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
         cached = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=_FILES))
-        # A cache that holds only the config, as a tokenizer download leaves it, is no snapshot.
-        if any(cached.glob("*.safetensors")):
+        # Only the config, as a tokenizer download leaves it, or some of the shards, as a broken download does, is no
+        # snapshot.
+        if all((cached / shard).is_file() for shard in weight_index(cached).values()):
             return cached
-    except Exception:  # noqa: S110 - whatever is wrong with the cache, the hub is asked next and its error is told
+    except Exception:
         pass
     try:
+        # snapshot_download itself waits for ever where a firewall swallows what it sends.
+        HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"the weights of {repo} cannot be had",
-            received=f"not in the local Hugging Face cache, and the hub did not give them: "
+            received=f"not whole in the local Hugging Face cache, and the hub did not give them: "
             f"{type(error).__name__}: {reason}",
             expected="a checkpoint directory, a cached snapshot, or a reachable hub",
             hint=f"on a machine with access: hf download {repo} --local-dir DIR; then --weights DIR here. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,10 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
         tensor.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "flashvlm-export", ""
-    outputs = [*VISUAL_OUTPUTS, *(name for name in PROBE_OUTPUTS if name != "saliency" or module.encoder.needs_saliency)]
+    outputs = [
+        *VISUAL_OUTPUTS,
+        *(name for name in PROBE_OUTPUTS if name != "saliency" or module.encoder.needs_saliency),
+    ]
     for output, name in zip(model.graph.outputs, outputs, strict=True):
         output.name = name
     specs = {spec.name: spec for spec in (*inputs.spec.inputs, *inputs.spec.outputs)}
@@ -65,6 +69,8 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
 
 
 def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
+    # Without torchvision, torch says of each of its operators that it is skipped.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     dims = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "text")}
     shapes = {
         spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None

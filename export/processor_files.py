@@ -32,13 +32,14 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
         return None
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        tokenizer.backend_tokenizer.save(str(target / TOKENIZER))
+        content = tokenizer.backend_tokenizer.to_str(pretty=True)
     except Exception as error:
         raise CheckpointError(
             "the tokenizer cannot be read",
             received=f"{directory}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             expected=f"one of {', '.join(_TOKENIZER_FILES)} that transformers' AutoTokenizer reads as a fast tokenizer",
         ) from error
+    (target / TOKENIZER).write_text(content, encoding="utf-8")
     image_token = tokenizer.convert_ids_to_tokens(adapter.image_token_id)
     if image_token is None or tokenizer.convert_tokens_to_ids(image_token) != adapter.image_token_id:
         raise CheckpointError(
@@ -128,6 +129,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} is not JSON", received=f"{path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read",
+            received=f"{path}: {error}",
+            expected="a JSON object",
+            hint="download the checkpoint again",
+        ) from error
     return content if isinstance(content, dict) else {}

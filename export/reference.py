@@ -57,9 +57,7 @@ class LlavaReference:
     ) -> ReferenceVisual:
         """Return the kept visual tokens for inputs as the visual graph takes them."""
         features, saliency, tokens = self.encode(pixel_values)
-        indices = select_tokens(
-            features, saliency, tokens, text_embeds.astype(np.float32), text_mask, budget, config
-        )
+        indices = select_tokens(features, saliency, tokens, text_embeds.astype(np.float32), text_mask, budget, config)
         return ReferenceVisual(np.take_along_axis(tokens, indices[:, :, None], axis=1), indices, tokens)
 
     def generate(self, inputs_embeds: Array, max_new_tokens: int) -> list[int]:
@@ -87,9 +85,7 @@ class LlavaReference:
         first = next(iter(inputs.values()))
         mask = torch.ones(first.shape[:2], dtype=torch.int64)
         with torch.no_grad():
-            output = self.model.generate(
-                **inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False
-            )
+            output = self.model.generate(**inputs, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
         ids: list[int] = output[0].tolist()
         if "input_ids" in inputs:
             ids = ids[first.shape[1] :]

@@ -31,7 +31,7 @@ def rtx_engine_from_onnx(file: Path, spec: GraphSpec, *, compute_capability: tup
         )
     import tensorrt_rtx as trt
 
-    class Log(trt.ILogger):  # type: ignore[misc]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []

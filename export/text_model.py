@@ -24,11 +24,13 @@ def write_text_embeddings(path: Path, adapter: Adapter, weights: WeightSource) -
     shape = (adapter.vocab_size, adapter.dims.llm_width)
     table = weights.read(adapter.embedding_key, shape)
     dtype = np.float16 if table.dtype == torch.float16 else np.float32
-    target = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)  # type: ignore[no-untyped-call]
-    for start in range(0, shape[0], _ROWS_AT_ONCE):
-        rows = table[start : start + _ROWS_AT_ONCE]
-        target[start : start + _ROWS_AT_ONCE] = (rows if dtype == np.float16 else rows.float()).numpy()
-    target.flush()
+    # Not through a memory map: on a full disk that ends the process with a bus error.
+    with path.open("wb") as stream:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for start in range(0, shape[0], _ROWS_AT_ONCE):
+            rows = table[start : start + _ROWS_AT_ONCE]
+            stream.write((rows if dtype == np.float16 else rows.float()).numpy().tobytes())
 
 
 def text_model_tensors(adapter: Adapter, weights: WeightSource) -> Iterator[tuple[str, Tensor]]:

@@ -11,8 +11,9 @@ from onnxscript import opset20 as op
 
 def stable_sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
     """``aten.sort.stable`` as TopK over the whole axis: ONNX gives equal values in order of their index."""
-    size = op.Reshape(op.Gather(op.Shape(self), op.Constant(value_int=dim)), op.Constant(value_ints=[1]))
-    return op.TopK(self, size, axis=dim, largest=int(descending), sorted=1)
+    axis = dim % len(self.shape)
+    size = op.Shape(self, start=axis, end=axis + 1)
+    return op.TopK(self, size, axis=axis, largest=int(descending), sorted=1)
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: stable_sort}

@@ -34,9 +34,7 @@ class FlashVLMError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, what: str, *, received: object = None, expected: object = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, what: str, *, received: object = None, expected: object = None, hint: str | None = None) -> None:
         self.what = what
         self.received = received
         self.expected = expected

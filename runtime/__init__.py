@@ -1,1 +1,12 @@
-"""What ships to the device: sessions, preprocessing, prompts, pipeline, LLM engines. Never imports torch or transformers."""
+"""What ships to the device; never imports torch or transformers.
+
+- ``pipeline.py``    images and questions in, answers out
+- ``images.py``      reading an image safely
+- ``preprocess.py``  image → ``pixel_values``, bit for bit as the checkpoint's processor
+- ``prompt.py``      chat template, tokens, streaming text
+- ``embeddings.py``  embedding table, padding, splicing
+- ``sessions/``      backends of the visual graph
+- ``llm/``           language-model engines
+- ``ort.py``         opening ONNX Runtime sessions
+- ``heatmap.py``     pictures of what was kept
+"""

@@ -32,7 +32,7 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
             "ONNX Runtime has no such execution provider here",
             received=", ".join(missing) or "none",
             expected=f"among {', '.join(available)}",
-            hint=f"pip install 'flashvlm-export[{_EXTRA.get((missing or [''])[0], 'ort')}]', or choose another provider",
+            hint=f"pip install 'flashvlm-export[{_EXTRA.get((missing or [''])[0], 'ort')}]', or use another one",
         )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -30,6 +30,7 @@ from flashvlm_export.runtime.prompt import PromptBuilder, TextSpan, TokenizedPro
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.specs import Array, Precision, check_budget
 
+
 @dataclass(frozen=True)
 class Request:
     """One question about one or several images.
@@ -287,9 +288,7 @@ class Pipeline:
         settings = self.bundle.manifest.prompt
         assert settings is not None  # the constructor refuses such bundles
         detokenizer = self.prompts.detokenizer()
-        tokens = llm.generate(
-            prompt.inputs_embeds, params or SamplingParams(), stop_token_ids=settings.eos_token_ids
-        )
+        tokens = llm.generate(prompt.inputs_embeds, params or SamplingParams(), stop_token_ids=settings.eos_token_ids)
         for token in tokens:
             yield token, detokenizer.feed(token)
         yield None, detokenizer.flush()

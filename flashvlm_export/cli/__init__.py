@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__
-from flashvlm_export.cli import export, inspect, models, run
+from flashvlm_export.cli import export, inspect, models
+from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, export, run, inspect)
+_VERBS = (models, export, run_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -41,7 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
             module.__name__.rpartition(".")[2], help=summary, description=summary, formatter_class=_Formatter
         )
         module.add_arguments(verb)
-        verb.add_argument("--json", action="store_true", help="print one JSON object on standard output and nothing else")
+        verb.add_argument(
+            "--json", action="store_true", help="print one JSON object on standard output and nothing else"
+        )
         verb.set_defaults(run=module.run)
     return parser
 
@@ -49,13 +52,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted)."""
     parsed = build_parser().parse_args(arguments)
+    return run_verb(f"flashvlm {parsed.verb}", parsed.run, parsed)
+
+
+def run_verb(name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run one verb and return its exit code; errors raised on purpose become one message on standard error."""
     try:
-        parsed.run(parsed)
+        run(args)
     except FlashVLMError as error:
-        print(f"flashvlm {parsed.verb}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"flashvlm {parsed.verb}: interrupted; nothing half-written is left behind", file=sys.stderr)
+        print(f"{name}: interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell.

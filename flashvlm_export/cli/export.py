@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import msgspec
+
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import ConfigError, DependencyError
 from flashvlm_export.progress import Progress
@@ -28,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", metavar="LIST", default="fp32,fp16", help="visual graphs to write, of fp32 and fp16"
     )
-    parser.add_argument("--selector", choices=sorted(SELECTORS), default="flashvlm", help="how visual tokens are chosen")
+    parser.add_argument(
+        "--selector", choices=sorted(SELECTORS), default="flashvlm", help="how visual tokens are chosen"
+    )
     parser.add_argument(
         "--diversity",
         choices=DIVERSITIES,
@@ -36,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="background tokens: bipartite = the authors' step, farthest = stable under rounding",
     )
     parser.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="another setting of the selector, such as eta=0.4"
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="another setting of the selector, such as eta=0.4",
     )
     parser.add_argument(
         "--decoder",
@@ -109,9 +117,4 @@ def _setting(text: str) -> tuple[str, float | int | str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError("not a setting", received=repr(text), expected="NAME=VALUE, such as eta=0.4")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            continue
-    return name, value
+    return name, msgspec.convert(value, float | int | str, strict=False)

@@ -17,23 +17,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``flashvlm run``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
     parser.add_argument(
-        "--image", metavar="FILE", action="append", required=True, help="picture; repeat for several, asked as one batch"
+        "--image",
+        metavar="FILE",
+        action="append",
+        required=True,
+        help="picture; repeat for several, asked as one batch",
     )
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", required=True, help="question; one for all images, or one per image"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        required=True,
+        help="question; one for all images, or one per image",
     )
     parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
     parser.add_argument(
         "--raw-prompt", action="store_true", help="TEXT is a whole prompt with its image placeholder; no chat template"
     )
-    parser.add_argument("--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)")
+    parser.add_argument(
+        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+    )
     parser.add_argument(
         "--text-span",
         choices=("prompt", "question"),
         default="prompt",
         help="text that guides selection: the whole prompt, as the authors do, or the question alone",
     )
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
+    )
     parser.add_argument("--provider", choices=sorted(_PROVIDERS), default="cpu", help="ONNX Runtime execution provider")
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
@@ -57,9 +69,8 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
     )
-    requests = [
-        Request([image], prompt, args.system, args.raw_prompt) for image, prompt in _pairs(args.image, args.prompt)
-    ]
+    pairs = _pairs(args.image, args.prompt)
+    requests = [Request([image], prompt, args.system, args.raw_prompt) for image, prompt in pairs]
     if args.heatmap is not None:
         from flashvlm_export.runtime.heatmap import check_picture_path
 
@@ -76,17 +87,17 @@ def run(args: argparse.Namespace) -> None:
     with pipeline:
         prompts = pipeline.encode(requests, budget=_budget(args.budget), text_span=args.text_span)
         captions = []
-        for request, prompt in zip(requests, prompts, strict=True):
-            say(f"{request.images[0]}: {request.question}")
+        for (image, question), prompt in zip(pairs, prompts, strict=True):
+            say(f"{image}: {question}")
             result: dict[str, Any] = {
-                "image": str(request.images[0]),
-                "prompt": request.question,
+                "image": image,
+                "prompt": question,
                 "visual_tokens": prompt.visual_tokens_before,
                 "kept_tokens": prompt.visual_tokens_kept,
                 "kept_indices": prompt.indices[0],
                 "stage_ms": prompt.stage_ms,
             }
-            captions.append(request.question)
+            captions.append(question)
             if pipeline.llm is not None:
                 pieces = []
                 for piece in pipeline.stream(prompt, params):
@@ -113,13 +124,15 @@ def run(args: argparse.Namespace) -> None:
 
         grid = pipeline.bundle.manifest.dims.grid
         sheets = [
-            draw_selection(pipeline.view(request.images[0]), prompt.indices[0], prompt.scores[0], grid, caption)
-            for request, prompt, caption in zip(requests, prompts, captions, strict=True)
+            draw_selection(pipeline.view(image), prompt.indices[0], prompt.scores[0], grid, caption)
+            for (image, _), prompt, caption in zip(pairs, prompts, captions, strict=True)
         ]
         save_picture(stack(sheets), args.heatmap)
         say(f"  heat map: {args.heatmap}")
     if args.json:
-        print_json({"bundle": str(args.bundle), "answers": results, "heatmap": str(args.heatmap) if args.heatmap else None})
+        print_json(
+            {"bundle": str(args.bundle), "answers": results, "heatmap": str(args.heatmap) if args.heatmap else None}
+        )
 
 
 def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
@@ -136,7 +149,7 @@ def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
     return list(zip(images, prompts, strict=True))
 
 
-def _budget(text: str | None) -> object:
+def _budget(text: str | None) -> Any:
     """Return ``text`` as an ``int`` where it is one; what is not is refused by the budget's own check."""
     try:
         return None if text is None else int(text)

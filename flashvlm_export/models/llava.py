@@ -75,7 +75,7 @@ class LlavaAdapter(Adapter):
 
     @staticmethod
     def canonical(key: str) -> str:
-        """Map every known spelling to ``vision_tower.…``, ``multi_modal_projector.…``, ``language_model.…``, ``lm_head.…``."""
+        """Map every known spelling to ``vision_tower.…``, ``multi_modal_projector.…`` and ``language_model.…``."""
         for pattern, replacement in _RENAMES:
             key = pattern.sub(replacement, key)
         return key
@@ -93,16 +93,17 @@ class LlavaEncoder(nn.Module):
         super().__init__()
         vision_config = type(config.vision_config)(**{**config.vision_config.to_dict(), "num_hidden_layers": layers})
         vision_config._attn_implementation = "sdpa"
-        self.vision_tower = CLIPVisionModel(vision_config)
+        tower: Any = CLIPVisionModel(vision_config)
         # Comes after the feature layer; only pooling would use it.
-        self.vision_tower.post_layernorm = nn.Identity()
+        tower.post_layernorm = nn.Identity()
+        self.vision_tower = tower
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.needs_saliency = needs_saliency
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take parameters (named as this module names them) without copying them."""
         self.load_state_dict(dict(tensors), strict=True, assign=True)
-        embeddings = self.vision_tower.embeddings
+        embeddings: Any = self.vision_tower.embeddings
         # A buffer that checkpoints do not carry.
         embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
         self.requires_grad_(False)
@@ -120,12 +121,12 @@ class LlavaEncoder(nn.Module):
         return features, saliency, self.multi_modal_projector(features)
 
 
-def cls_attention(layer: nn.Module, hidden: Tensor) -> Tensor:
+def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
     """Return the CLS query's attention to every patch in ``layer``, mean over heads: float32 ``[B,N]``.
 
     The keys are those that the layer computes anyway; graph optimisers merge the two.
     """
-    attention: Any = layer.self_attn
+    attention = layer.self_attn
     normed = layer.layer_norm1(hidden)
     batch, length, _ = normed.shape
     heads, width = attention.num_heads, attention.head_dim

@@ -54,7 +54,7 @@ def bipartite(cosine: Array, residual: Array, count: int, step: int) -> Array:
     """Thin ``residual`` out to ``count``: drop those even positions that resemble an odd position most."""
     while len(residual) > count:
         evens, odds = residual[0::2], residual[1::2]
-        likeness = cosine[np.ix_(evens, odds)].max(axis=1)
+        likeness = cosine[np.ix_(evens, odds)].max(axis=1, initial=-np.inf)
         evens = evens[np.argsort(-likeness, kind="stable")]
         residual = np.concatenate([evens[min(step, len(residual) - count) :], odds])
     return residual

@@ -18,7 +18,8 @@ from torch._higher_order_ops import while_loop
 from flashvlm_export.selection.config import FlashVLMConfig
 from flashvlm_export.selection.stages_torch import descending, likeness_matrix, mark, minmax, unit_rows
 
-# Below every likeness (-2..0) and merit (0..2), for entries that must never win a maximum. Finite: TensorRT folds infinities badly.
+# Below every likeness (-2..0) and merit (0..2), for entries that must never win a maximum. Finite, so that sums with it
+# stay finite.
 _NEVER = -4.0
 
 

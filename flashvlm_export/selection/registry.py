@@ -45,9 +45,7 @@ class Selector:
         known = {field.name for field in fields(self.config_type)}
         unknown = sorted(set(settings) - known)
         if unknown:
-            raise ConfigError(
-                f"selector '{self.name}' has no such setting", received=unknown, expected=sorted(known)
-            )
+            raise ConfigError(f"selector '{self.name}' has no such setting", received=unknown, expected=sorted(known))
         return self.config_type(**settings)
 
     def make_module(self, config: Any) -> nn.Module:
@@ -73,9 +71,7 @@ def get_selector(name: str) -> Selector:
     try:
         return SELECTORS[name]
     except KeyError:
-        raise ConfigError(
-            "unknown selector", received=repr(name), expected=f"one of {', '.join(SELECTORS)}"
-        ) from None
+        raise ConfigError("unknown selector", received=repr(name), expected=f"one of {', '.join(SELECTORS)}") from None
 
 
 def select_tokens(

@@ -10,7 +10,6 @@ from typing import ClassVar, TypeVar
 from flashvlm_export.errors import SessionError
 from flashvlm_export.specs import Array, Feeds, GraphSpec
 
-
 S = TypeVar("S", bound="VisualSession")
 
 

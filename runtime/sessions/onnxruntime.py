@@ -11,6 +11,13 @@ from flashvlm_export.runtime.ort import ort_session
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
 from flashvlm_export.specs import VISUAL_OUTPUTS, Feeds, GraphSpec
 
+_ORT_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "bool": "tensor(bool)",
+}
+
 
 class OnnxRuntimeSession(VisualSession):
     """Runs ``file`` with ONNX Runtime.
@@ -40,8 +47,8 @@ class OnnxRuntimeSession(VisualSession):
 
     def _open(self) -> None:
         session = ort_session(self.file, providers=self.providers, threads=self.threads)
-        have = {value.name: list(value.shape) for value in session.get_inputs()}
-        want = {tensor.name: list(tensor.shape) for tensor in self.spec.inputs}
+        have = {value.name: (value.type, list(value.shape)) for value in session.get_inputs()}
+        want = {tensor.name: (_ORT_TYPES[tensor.dtype], list(tensor.shape)) for tensor in self.spec.inputs}
         if have != want:
             raise SessionError(
                 f"{self.file.name} is not the graph that the manifest describes",

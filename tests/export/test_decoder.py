@@ -91,6 +91,10 @@ def prefill_logits(file: Path, entry: Any, embeds: torch.Tensor) -> np.ndarray:
         pytest.param(MistralConfig(**SIZES, sliding_window=40), id="mistral-window"),
         pytest.param(Qwen2Config(**SIZES), id="qwen2"),
         pytest.param(Qwen3Config(**SIZES, head_dim=32), id="qwen3-wide-heads"),
+        pytest.param(
+            LlamaConfig(**SIZES, head_dim=12, rope_parameters=LLAMA3_ROPE, attention_bias=True), id="llama-padded-heads"
+        ),
+        pytest.param(Qwen2Config(**{**SIZES, "num_attention_heads": 8}), id="qwen2-padded-heads"),
     ],
 )
 def test_logits_equal_transformers(
@@ -189,7 +193,7 @@ def untouched() -> Iterator[tuple[str, torch.Tensor]]:
     ("config", "message"),
     [
         (GPTNeoXConfig(hidden_size=64, num_attention_heads=4), "text model of type 'gpt_neox'"),
-        (LlamaConfig(**{**SIZES, "hidden_size": 48}), "head size 12"),
+        (Qwen3Config(**SIZES, head_dim=24), "head size 24 in a model of type 'qwen3'"),
         (
             LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
             "rope type 'linear'",

@@ -102,9 +102,9 @@ def make_tiny_llava(directory: Path, *, seed: int = 0, dtype: torch.dtype = torc
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     tokenizer.save_pretrained(directory)
     size = config.vision_config.image_size
-    CLIPImageProcessorPil(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    ).save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
+        directory
+    )
     return directory
 
 

@@ -1,0 +1,179 @@
+"""The layout of the project: what is packaged, who may import whom, what the text promises."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("export", "calibration", "runtime")
+
+# What each room may import besides the standard library, the light base dependencies and `flashvlm_export` itself.
+BASE = {"jinja2", "msgspec", "numpy", "PIL", "tokenizers", "tqdm"}
+ALLOWED = {
+    "": set(),
+    "models": {"torch", "transformers", "optimum"},
+    "selection": {"torch"},
+    "cli": set(),
+    "export": {
+        "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai",
+        "safetensors", "huggingface_hub", "tensorrt_rtx",
+    },
+    "calibration": {"onnx", "onnxruntime"},
+    "runtime": {"onnxruntime"},
+}  # fmt: skip
+
+
+def sources() -> list[tuple[str, Path]]:
+    """Every module with its room: ``""`` for the front room itself."""
+    found = []
+    for path in sorted((ROOT / "flashvlm_export").rglob("*.py")):
+        parts = path.relative_to(ROOT / "flashvlm_export").parts
+        if parts[0] not in ROOMS:
+            found.append((parts[0] if len(parts) > 1 else "", path))
+    for room in ROOMS:
+        found += [(room, path) for path in sorted((ROOT / room).rglob("*.py")) if "optimum_register" not in path.parts]
+    return found
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports anywhere, lazily or not; what only type checkers read is left out."""
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text(encoding="utf-8")))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("room", "path"), [pytest.param(*pair, id=str(pair[1].relative_to(ROOT))) for pair in sources()]
+)
+def test_a_room_imports_only_what_it_may(room: str, path: Path) -> None:
+    tops = {name.partition(".")[0] for name in imported(path)}
+    foreign = tops - set(sys.stdlib_module_names) - BASE - ALLOWED[room] - {"flashvlm_export"}
+    assert not foreign
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_do_not_import_each_other(room: str) -> None:
+    for owner, path in sources():
+        if owner != room:
+            continue
+        for other in ROOMS:
+            if other != room:
+                assert not [name for name in imported(path) if name.startswith(f"flashvlm_export.{other}")], path
+
+
+def test_the_contract_does_not_import_the_rooms() -> None:
+    """Only the command line does, and only inside functions, so that each verb loads what it needs."""
+    for owner, path in sources():
+        if owner in ROOMS:
+            continue
+        names = {name for name in imported(path) if any(name.startswith(f"flashvlm_export.{room}") for room in ROOMS)}
+        if owner != "cli":
+            assert not names, path
+            continue
+        top_level = {
+            node.module
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
+        assert not names & top_level, path
+
+
+def test_packages_are_the_folders() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = set(re.findall(r'^    "([a-z_.]+)",$', text.partition("packages = [")[2].partition("]")[0], re.MULTILINE))
+    folders = {"optimum.commands.register"}
+    for base, prefix in ((ROOT / "flashvlm_export", ""), *((ROOT / room, f".{room}") for room in ROOMS)):
+        for init in base.rglob("__init__.py"):
+            parts = init.parent.relative_to(base).parts
+            if base.name == "flashvlm_export" and parts and parts[0] in ROOMS:
+                continue
+            folders.add(".".join([f"flashvlm_export{prefix}", *parts]))
+    assert listed == folders
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_are_reached_through_relative_links(room: str) -> None:
+    link = ROOT / "flashvlm_export" / room
+    assert link.is_symlink()
+    assert str(link.readlink()) == f"../{room}"
+
+
+def test_wheel_holds_the_rooms_under_one_name(tmp_path: Path) -> None:
+    """Nothing called export, runtime or calibration reaches site-packages; the optimum-cli command does."""
+    pytest.importorskip("build", reason="building a wheel needs the package build")
+    import zipfile
+
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.partition("/")[0] for name in names} == {
+        "flashvlm_export",
+        "optimum",
+        f"flashvlm_export-{wheel.name.split('-')[1]}.dist-info",
+    }
+    assert {"flashvlm_export/runtime/pipeline.py", "optimum/commands/register/flashvlm.py"} <= set(names)
+    assert len([name for name in names if name.endswith("errors.py")]) == 1
+
+
+def test_importing_the_runtime_takes_neither_torch_nor_transformers() -> None:
+    modules = [
+        "flashvlm_export." + ".".join(("runtime", *path.relative_to(ROOT / "runtime").with_suffix("").parts))
+        for path in sorted((ROOT / "runtime").rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    assert "flashvlm_export.runtime.pipeline" in modules
+    script = (
+        "import importlib, sys\n"
+        f"for name in {[*modules, 'flashvlm_export.cli']!r}: importlib.import_module(name)\n"
+        "print(sorted({'torch', 'transformers', 'onnx', 'onnxruntime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_links_in_the_documents_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+    links = [
+        (page, link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert links
+    assert [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_commands_exist() -> None:
+    """Every `make TARGET` and `flashvlm VERB` of the README is real."""
+    from flashvlm_export.cli import build_parser
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"`?make ([a-z-]+)", readme))
+    assert {"demo", "test"} <= named <= targets
+    usage = build_parser().format_help()
+    verbs = set(re.findall(r"^\s*(?:`)?flashvlm ([a-z]+)", readme, re.MULTILINE))
+    assert verbs
+    assert all(re.search(rf"^    {verb}\s", usage, re.MULTILINE) for verb in verbs)
