@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from flashvlm_export import __version__
 from flashvlm_export.bundle import PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
-from flashvlm_export.errors import ConfigError, DependencyError, StorageError
+from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, FlashVLMError, StorageError
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.export.checks import check_graph
 from flashvlm_export.export.locate import open_weights
@@ -97,7 +97,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
     _check_settings(settings)
 
     weights = open_weights(settings.model, settings.weights, revision=settings.revision)
-    adapter = adapter_class(weights.config["model_type"])(weights.config)
+    adapter = _open_adapter(weights)
     decoder = _resolve_decoder(settings, adapter, weights)
     _print_settings(settings, adapter, weights, config, decoder, progress)
     if decoder != "none":
@@ -170,6 +170,23 @@ def _check_settings(settings: ExportSettings) -> None:
             expected="a new path, an empty directory, or a bundle together with --overwrite",
             hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}",
         )
+
+
+def _open_adapter(weights: WeightSource) -> Adapter:
+    model_type = weights.config["model_type"]
+    try:
+        adapter = adapter_class(model_type)(weights.config)
+        adapter.encoder(needs_saliency=True)
+    except FlashVLMError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            "config.json does not describe a model that can be built",
+            received=f"{type(error).__name__}: {str(error)[:300]}",
+            expected=f"the settings of a {model_type} model that this version of transformers knows",
+            hint="compare it with the config.json of the original checkpoint, or upgrade transformers",
+        ) from error
+    return adapter
 
 
 def _resolve_decoder(settings: ExportSettings, adapter: Adapter, weights: WeightSource) -> DecoderChoice:

@@ -40,7 +40,7 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
         return RandomWeights(entry.config, int(seed))
     if weights != "auto":
         directory = Path(weights)
-    elif Path(model).is_dir():
+    elif model and Path(model).is_dir():
         directory = Path(model)
     elif entry is not None or _HUB_ID.fullmatch(model):
         directory = _snapshot(entry.repo if entry else model, revision)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -116,25 +120,53 @@ def test_rooms_are_reached_through_relative_links(room: str) -> None:
     assert str(link.readlink()) == f"../{room}"
 
 
-def test_wheel_holds_the_rooms_under_one_name(tmp_path: Path) -> None:
-    """Nothing called export, runtime or calibration reaches site-packages; the optimum-cli command does."""
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy so that no build folder is left in the source tree."""
     pytest.importorskip("build", reason="building a wheel needs the package build")
-    import zipfile
-
+    directory = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(
+        ROOT, directory / "source", symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info")
+    )
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", directory, directory / "source"],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names} == {
-        "flashvlm_export",
-        "optimum",
-        f"flashvlm_export-{wheel.name.split('-')[1]}.dist-info",
+    (built,) = directory.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_the_rooms_under_one_name(wheel: Path) -> None:
+    """Nothing called export, runtime or calibration reaches site-packages."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"flashvlm_export", "optimum"}
+    assert [name for name in names if name.startswith("optimum")] == ["optimum/commands/register/flashvlm.py"]
+    assert len([name for name in names if name.endswith("/errors.py")]) == 1
+    modules = {name for name in names if name.startswith("flashvlm_export/") and name.endswith(".py")}
+    on_disk = {
+        str(path.relative_to(ROOT / "flashvlm_export")) if room not in ROOMS else f"{path.relative_to(ROOT)}"
+        for room, path in sources()
     }
-    assert {"flashvlm_export/runtime/pipeline.py", "optimum/commands/register/flashvlm.py"} <= set(names)
-    assert len([name for name in names if name.endswith("errors.py")]) == 1
+    assert {name.removeprefix("flashvlm_export/") for name in modules} == on_disk
+
+
+def test_optimum_cli_finds_the_command_of_an_installed_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optimum", reason="optimum-cli belongs to optimum")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "flashvlm"]
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    shown = run([*command, "--help"])
+    assert shown.returncode == 0, shown.stderr
+    assert "--diversity {bipartite,farthest}" in shown.stdout
+    refused = run([*command, "no-such-model", "--output", "bundle"])
+    assert refused.returncode == 2
+    assert "unknown model" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_importing_the_runtime_takes_neither_torch_nor_transformers() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import msgspec
-
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import ConfigError, DependencyError
 from flashvlm_export.progress import Progress
@@ -113,8 +111,8 @@ def _precisions(text: str) -> list[Precision]:
     return list(dict.fromkeys(chosen))
 
 
-def _setting(text: str) -> tuple[str, float | int | str]:
+def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not name or not value:
         raise ConfigError("not a setting", received=repr(text), expected="NAME=VALUE, such as eta=0.4")
-    return name, msgspec.convert(value, float | int | str, strict=False)
+    return name, value

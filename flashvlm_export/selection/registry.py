@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from flashvlm_export.errors import ConfigError
@@ -41,12 +42,21 @@ class Selector:
     torch_module: str
 
     def make_config(self, settings: Mapping[str, Any]) -> Any:
-        """Return the config for ``settings``; unknown names and bad values raise :class:`ConfigError`."""
-        known = {field.name for field in fields(self.config_type)}
-        unknown = sorted(set(settings) - known)
+        """Return the config for ``settings``; values may be text, as from a command line.
+
+        Raises:
+            ConfigError: if a name is unknown, or a value has the wrong type or is out of range.
+        """
+        known = [field.name for field in fields(self.config_type)]
+        unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ConfigError(f"selector '{self.name}' has no such setting", received=unknown, expected=sorted(known))
-        return self.config_type(**settings)
+            raise ConfigError(f"selector '{self.name}' has no such setting", received=unknown, expected=known)
+        try:
+            return msgspec.convert(dict(settings), self.config_type, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(
+                f"a setting of selector '{self.name}' has the wrong type", received=str(error), expected="its type"
+            ) from error
 
     def make_module(self, config: Any) -> nn.Module:
         """Return the torch module that exports (imports torch)."""

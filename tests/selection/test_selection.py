@@ -145,6 +145,11 @@ def test_settings_are_checked() -> None:
         FlashVLMConfig(diversity="clustering")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no such setting"):
         get_selector("flashvlm").make_config({"etta": 0.5})
+    with pytest.raises(ConfigError, match="wrong type"):
+        get_selector("flashvlm").make_config({"merge_step": "2.5"})
+    assert get_selector("flashvlm").make_config({"eta": "0.4", "merge_step": "2"}) == FlashVLMConfig(
+        eta=0.4, merge_step=2
+    )
     with pytest.raises(ConfigError, match="unknown selector"):
         get_selector("random")
     with pytest.raises(ConfigError, match="no selector has settings of this type"):

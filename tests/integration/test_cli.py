@@ -1,0 +1,154 @@
+"""The command as users type it: what it prints where, its exit codes, and that mistakes end in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli import main
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)).save(path)
+    return path
+
+
+def test_models_for_people_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    assert "llava-hf/llava-1.5-13b-hf" in capsys.readouterr().out
+    assert main(["models", "--json"]) == 0
+    names = [entry["name"] for entry in json.loads(capsys.readouterr().out)["models"]]
+    assert names == ["llava-1.5-7b", "llava-1.5-13b"]
+
+
+def test_export_inspect_run(tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The way of the README, with the checkpoint given beside a model name."""
+    bundle = tmp_path / "bundle"
+    arguments = ["export", "--weights", str(tiny_checkpoint), "llava-1.5-7b", "--output", str(bundle)]
+    assert main([*arguments, "--precision", "fp32", "--diversity", "farthest", "--set", "eta=0.4", "--json"]) == 0
+    captured = capsys.readouterr()
+    exported = json.loads(captured.out)
+    assert exported["selection"]["config"]["eta"] == 0.4
+    assert exported["checks"]["fp32"]["parity"]["exact_rows"] == 7
+    assert "its own sizes are used" in captured.err  # the checkpoint is not the 7B model that was named
+
+    assert main(["inspect", str(bundle), "--verify", "--json"]) == 0
+    manifest = json.loads(capsys.readouterr().out)["manifest"]
+    assert manifest["selection"]["config"]["diversity"] == "farthest"
+    assert main(["inspect", str(bundle)]) == 0
+    assert "16 visual tokens" in capsys.readouterr().out
+
+    run = ["run", str(bundle), "--image", str(photo), "--max-tokens", "5"]
+    assert main([*run, "--prompt", "What?", "--prompt", "Where is it?", "--budget", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("kept 3 of 16 visual tokens") == 2
+    assert "prefill" in printed
+    sampled = [*run, "--prompt", "What?", "--temperature", "1.5", "--top-p", "0.9", "--json", "--seed"]
+    answers = []
+    for seed in ("1", "1", "2", "3"):
+        assert main([*sampled, seed]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answers"][0]["answer"])
+    assert answers[0] == answers[1]
+    assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "message"),
+    [
+        (["--budget", "0"], 2, "the token budget is out of range"),
+        (["--budget", "-4"], 2, "the token budget is out of range"),
+        (["--budget", "17"], 2, "the token budget is out of range"),
+        (["--budget", "many"], 2, "the token budget is not a whole number"),
+        (["--prompt", ""], 2, "the question is empty"),
+        (["--prompt", "what is <image>?"], 2, "placeholders do not match"),
+        (["--prompt", "none at all", "--raw-prompt"], 2, "placeholders do not match"),
+        (["--prompt", "a", "--prompt", "b", "--prompt", "c", "--image", "x.png"], 2, "do not pair up"),
+        (["--temperature", "-1"], 2, "temperature"),
+        (["--max-tokens", "0"], 2, "max_new_tokens"),
+        (["--max-tokens", "5000"], 1, "too long"),
+        (["--heatmap", "kept.xyz"], 2, "unknown picture format"),
+        (["--precision", "int8"], 2, "no visual graph in this precision"),
+        (["--provider", "cuda"], 1, "no such execution provider"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_end_in_one_message(
+    extra: list[str], code: int, message: str, tiny_bundle: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = [] if "--prompt" in extra else ["--prompt", "What is it?"]
+    if "--provider" in extra:
+        import onnxruntime
+
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("this machine has the provider")
+    assert main(["run", str(tiny_bundle), "--image", str(photo), *prompt, *extra]) == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "received:" in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), (b"", "empty"), (b"not a picture", "not an image"), ("cut", "truncated")],
+    ids=["missing", "empty", "text", "truncated"],
+)
+def test_unreadable_images(
+    content: bytes | str | None,
+    message: str,
+    tiny_bundle: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = tmp_path / "image.png"
+    if content is not None:
+        image.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)  # type: ignore[arg-type]
+    assert main(["run", str(tiny_bundle), "--image", str(image), "--prompt", "What?"]) == 1
+    error = capsys.readouterr().err
+    assert str(image) in error
+    assert message in error.lower()
+
+
+def test_extreme_images_are_answered(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in {"dot": (1, 1), "wide": (20_000, 200), "tall": (3, 900)}.items():
+        Image.new("RGB", size, (200, 30, 90)).save(tmp_path / f"{name}.png")
+        run = ["run", str(tiny_bundle), "--image", str(tmp_path / f"{name}.png"), "--prompt", "What?"]
+        assert main([*run, "--max-tokens", "2", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["answers"][0]["kept_tokens"] == 16
+
+
+def test_export_refuses_what_it_cannot_do(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "bundle")
+    model = str(tiny_checkpoint)
+    for arguments, code, message in (
+        (["export", "llava-2", "--output", out], 2, "unknown model"),
+        (["export", model, "--output", out, "--precision", "fp8"], 2, "unknown precision"),
+        (["export", model, "--output", out, "--precision", "int8"], 2, "not exported but calibrated"),
+        (["export", model, "--output", out, "--set", "eta"], 2, "not a setting"),
+        (["export", model, "--output", out, "--set", "etta=1"], 2, "no such setting"),
+        (["export", model, "--output", out, "--set", "eta=7"], 2, "out of range"),
+        (["export", model, "--output", str(tiny_bundle)], 1, "the output path is taken"),
+        (["export", "llava-1.5-7b", "--weights", "random", "--decoder", "int4", "--output", out], 2, "random weights"),
+    ):
+        assert main(arguments) == code, arguments
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+    assert Bundle.open(tiny_bundle)
+
+
+@pytest.mark.parametrize("verb", ["models", "export", "run", "inspect"])
+def test_help_tells_defaults(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "--help"])
+    assert stopped.value.code == 0
+    assert "--json" in capsys.readouterr().out
