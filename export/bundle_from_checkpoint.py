@@ -120,7 +120,10 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             )
         weights_sha256 = weights.fingerprint()  # before the decoder, so that it is the same without one
         entry = _write_decoder(staging, adapter, weights, decoder, progress) if decoder != "none" else None
-        progress.step("manifest")
+        progress.step("hashes and manifest")
+        size_bytes = sum(file.stat().st_size for file in staging.rglob("*"))
+        with progress.bar(size_bytes, "hashed", "B") as bar:
+            files = describe_files(staging, bar.update)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             source=Source(
@@ -136,7 +139,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             vocab_size=adapter.vocab_size,
             prompt=prompt,
             decoder=entry,
-            files=describe_files(staging),
+            files=files,
             tools={"flashvlm-export": __version__, **_tool_versions()},
             checks=checks,
         )
@@ -253,7 +256,7 @@ def _write_graph(
     progress: Progress,
 ) -> tuple[GraphEntry, dict[str, Any]]:
     progress.step(f"visual graph {precision.value}: weights")
-    module = build_visual_graph(adapter, weights, selector, config, precision)
+    module = build_visual_graph(adapter, weights, selector, config, precision, progress)
     dims = adapter.dims
     inputs = adapter.inputs(precision, batch=2, text=9, budget=max(1, dims.num_patches // 3))
     progress.step(f"visual graph {precision.value}: torch → ONNX")
@@ -293,7 +296,9 @@ def _write_decoder(
     from flashvlm_export.export.decoder import export_decoder
 
     progress.step(f"LLM decoder {decoder}")
-    return export_decoder(adapter.config.text_config, text_model_tensors(adapter, weights), staging / "llm", decoder)
+    return export_decoder(
+        adapter.config.text_config, text_model_tensors(adapter, weights, progress), staging / "llm", decoder
+    )
 
 
 def _tool_versions() -> dict[str, str]:
