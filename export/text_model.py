@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.progress import Progress
 
 _ROWS_AT_ONCE = 4096
 
@@ -33,9 +34,9 @@ def write_text_embeddings(path: Path, adapter: Adapter, weights: WeightSource) -
             stream.write((rows if dtype == np.float16 else rows.float()).numpy().tobytes())
 
 
-def text_model_tensors(adapter: Adapter, weights: WeightSource) -> Iterator[tuple[str, Tensor]]:
+def text_model_tensors(adapter: Adapter, weights: WeightSource, progress: Progress) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name in the causal LM's state dict, tensor)``; names and shapes come from transformers' own class."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(adapter.config.text_config)
-    for name, parameter in model.named_parameters():
+    for name, parameter in progress.track(list(model.named_parameters()), "tensors"):
         yield name, weights.read(adapter.text_key(name), tuple(parameter.shape))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flashvlm_export.errors import CheckpointError
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.progress import Progress
 from flashvlm_export.selection import Selector
 from flashvlm_export.selection.stages_torch import ascending_indices
 from flashvlm_export.specs import Precision
@@ -32,14 +33,22 @@ class VisualGraph(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
         """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``, then the encoder's three outputs."""
         features, saliency, tokens = self.encoder(pixel_values)
-        kept, scores = self.selector(features, saliency, tokens, text_embeds, text_mask, budget)
+        # The checks have to see the very tensors that selection sees: ONNX Runtime on a CPU computes float16 graphs in
+        # float32 and rounds only at the outputs.
+        features32, tokens32 = features.float(), tokens.float()
+        kept, scores = self.selector(features32, saliency, tokens32, text_embeds.float(), text_mask, budget)
         indices = ascending_indices(kept, budget)
         gathered = tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
-        return gathered, indices, scores, features, saliency, tokens
+        return gathered, indices, scores, features32, saliency, tokens32
 
 
 def build_visual_graph(
-    adapter: Adapter, weights: WeightSource, selector: Selector, config: Any, precision: Precision
+    adapter: Adapter,
+    weights: WeightSource,
+    selector: Selector,
+    config: Any,
+    precision: Precision,
+    progress: Progress | None = None,
 ) -> VisualGraph:
     """Return the module with its weights read from ``weights`` in ``precision``; nothing else is read.
 
@@ -49,7 +58,7 @@ def build_visual_graph(
     encoder: Any = adapter.encoder(needs_saliency=selector.needs_saliency)
     dtype = getattr(torch, precision.float_dtype)
     tensors = {}
-    for name, parameter in encoder.named_parameters():
+    for name, parameter in (progress or Progress()).track(list(encoder.named_parameters()), "tensors"):
         tensor = weights.read(name, tuple(parameter.shape))
         tensors[name] = tensor.to(dtype)
         if tensor.dtype != dtype and not bool(torch.isfinite(tensors[name]).all()):

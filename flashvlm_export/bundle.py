@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,10 +113,13 @@ def _reason(path: Path) -> str:
     return "not a directory" if path.exists() else "no such directory"
 
 
-def describe_files(directory: Path) -> dict[str, FileEntry]:
-    """Return size and hash of every file below ``directory`` except the manifest."""
+def describe_files(directory: Path, on_bytes: Callable[[int], object] = lambda count: None) -> dict[str, FileEntry]:
+    """Return size and hash of every file below ``directory`` except the manifest.
+
+    ``on_bytes`` is called with the number of bytes hashed since the last call.
+    """
     return {
-        str(file.relative_to(directory)): FileEntry(file.stat().st_size, sha256_of(file))
+        str(file.relative_to(directory)): FileEntry(file.stat().st_size, sha256_of(file, on_bytes))
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file.name != MANIFEST
     }

@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flashvlm_export.errors import StorageError
@@ -30,12 +30,13 @@ _UNWRITABLE = (
 )
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content as hexadecimal digits."""
+def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """Return the SHA-256 of a file's content as hexadecimal digits; ``on_bytes`` hears of each piece read."""
     with path.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 22):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Iterator, Sequence
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -44,6 +47,13 @@ class Progress:
             file=self._stream or sys.stderr,
             disable=self._stream is None or not self._stream.isatty(),
         )
+
+    def track(self, items: Sequence[T], unit: str) -> Iterator[T]:
+        """Yield ``items`` behind a bar that counts them."""
+        with self.bar(len(items), unit, unit) as bar:
+            for item in items:
+                yield item
+                bar.update()
 
     def _print(self, text: str) -> None:
         if self._stream is not None:

@@ -79,22 +79,28 @@ class Adapter(ABC):
 
         With more than one row, the last one has less text than ``text``, so that padding is exercised.
         """
-        generator = torch.Generator().manual_seed(seed)
         dims = self.dims
-        text_embeds = torch.randn(batch, text, dims.llm_width, generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            pixel_values = _structured(self.noise(batch))
+            text_embeds = torch.randn(batch, text, dims.llm_width)
         text_mask = torch.ones(batch, text, dtype=torch.bool)
         if batch > 1:
             text_mask[-1, (text + 1) // 2 :] = False
         text_embeds = text_embeds * text_mask[:, :, None]
         dtype = getattr(torch, precision.float_dtype)
-        tensors = (self.sample_pixels(batch, generator), text_embeds.to(dtype), text_mask, torch.tensor(budget))
+        tensors = (pixel_values, text_embeds.to(dtype), text_mask, torch.tensor(budget))
         return GraphInputs(tensors, visual_graph_spec(dims, precision))
 
-    def sample_pixels(self, batch: int, generator: torch.Generator) -> Tensor:
-        """Return normalised noise images ``[B,3,H,W]`` with structure at several scales, as photographs have."""
-        size = self.dims.image_size
-        image = torch.zeros(batch, 3, size, size)
-        for side in (2, 7, 23, size):
-            noise = torch.randn(batch, 3, min(side, size), min(side, size), generator=generator)
-            image += nn.functional.interpolate(noise, size=(size, size), mode="bilinear", align_corners=False)
-        return image / 2
+    @abstractmethod
+    def noise(self, batch: int) -> Tensor:
+        """Return uniform noise in 0..1 of the shape of ``pixel_values``, from torch's global generator."""
+
+
+def _structured(noise: Tensor) -> Tensor:
+    """Return images with structure at several scales, as normalised photographs have, made of uniform ``noise``."""
+    image = 2 * noise - 1
+    for cells in (2, 7, 23):
+        coarse = 2 * noise[:, :, :cells, :cells] - 1
+        image = image + nn.functional.interpolate(coarse, size=noise.shape[2:], mode="bilinear", align_corners=False)
+    return image

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from optimum.utils import NormalizedTextAndVisionConfig
+from optimum.utils import DummyVisionInputGenerator, NormalizedTextAndVisionConfig
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -56,14 +56,14 @@ class LlavaAdapter(Adapter):
                 expected="default (CLS removed)",
             )
         self.layers = _layers_to_run(self.config.vision_feature_layer, vision.num_hidden_layers)
-        normalized = _NormalizedLlava(self.config)
-        side = normalized.image_size // vision.patch_size
+        self._normalized = _NormalizedLlava(self.config)
+        side = self._normalized.image_size // vision.patch_size
         self.dims = VisualDims(
-            image_size=normalized.image_size,
+            image_size=self._normalized.image_size,
             patch_size=vision.patch_size,
             num_patches=side * side,
             vision_width=vision.hidden_size,
-            llm_width=normalized.hidden_size,
+            llm_width=self._normalized.hidden_size,
         )
         self.image_token_id = self.config.image_token_index
 
@@ -72,6 +72,12 @@ class LlavaAdapter(Adapter):
         with torch.device("meta"):
             encoder = LlavaEncoder(self.config, self.layers, needs_saliency)
         return encoder.eval()
+
+    def noise(self, batch: int) -> Tensor:
+        """Return what optimum's generator makes for this vision tower."""
+        generator: Any = DummyVisionInputGenerator("image-text-to-text", self._normalized, batch_size=batch)
+        noise: Tensor = generator.generate("pixel_values", framework="pt")
+        return noise
 
     @staticmethod
     def canonical(key: str) -> str:
