@@ -20,12 +20,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 install: $(VENV)/installed ## create .venv with everything that development needs
 
-demo: $(VENV)/installed ## a photograph through the exported graph, beside PyTorch
-	test -f $(DEMO)/checkpoint/config.json || \
-	  $(BIN)/python tests/helpers/tiny_llava.py $(DEMO)/checkpoint --image-size 336 --seed 7
-	test -f $(DEMO)/bundle/manifest.json || \
-	  $(BIN)/flashvlm export $(DEMO)/checkpoint --output $(DEMO)/bundle --precision fp32 --diversity farthest
+# Bundles are made again when the code that makes them changes.
+EXPORTER := $(shell find flashvlm_export export tests/helpers/tiny_llava.py -name '*.py')
+
+demo: $(DEMO)/bundle/manifest.json ## a photograph through the exported graph, beside PyTorch
 	$(BIN)/python examples/demo.py $(DEMO)/bundle $(DEMO)/checkpoint --heatmap $(DEMO)/kept.png
+
+$(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
+	$(BIN)/python tests/helpers/tiny_llava.py $(DEMO)/checkpoint --image-size 336 --seed 7
+	$(BIN)/flashvlm export $(DEMO)/checkpoint --output $(DEMO)/bundle --overwrite --precision fp32 --diversity farthest
 
 test: lint types unit runtime-lanes ## lint, types, tests; runtime tests on Python 3.10 and 3.12 where they are installed
 
@@ -44,10 +47,9 @@ unit: $(VENV)/installed
 runtime-lanes: build/lane/bundle/manifest.json
 	@for version in 3.10 3.12; do tests/runtime_lane.sh $$version build/lane || exit 1; done
 
-build/lane/bundle/manifest.json: $(VENV)/installed
-	rm -rf build/lane/checkpoint build/lane/bundle
+build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
-	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle
+	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite
 
 test-gpu: $(VENV)/installed ## tests that need an NVIDIA GPU; fails without one
 	FLASHVLM_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu
