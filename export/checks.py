@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,9 +127,17 @@ def _run(file: Any, feeds: list[Feeds]) -> list[dict[str, Array]]:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return [dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in feeds]
+    try:
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return [dict(zip(names, session.run(names, dict(feed)), strict=True)) for feed in feeds]
+    except Exception as error:
+        raise ExportError(
+            "ONNX Runtime cannot run the exported graph",
+            received=f"{Path(file).name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            expected="a graph that it loads and runs on a CPU",
+            hint="no bundle was written; check the versions against constraints.txt",
+        ) from error
 
 
 def _encoder_error(case: CheckCase, want: dict[str, Array], have: dict[str, Array], precision: Precision) -> float:

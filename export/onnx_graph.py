@@ -92,6 +92,8 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise ExportError(
             "torch could not turn the visual graph into ONNX",
             received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
@@ -100,3 +102,10 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
         ) from error
     model: ir.Model = exported.model
     return model
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C began it: torch's tracer, stopped at the wrong moment, fails while it cleans up."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -16,7 +16,7 @@ from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.preprocessor import PreprocessorSettings, encode_preprocessor
 from flashvlm_export.progress import Progress
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress: Progress) -> PromptSettings | None:
@@ -41,11 +41,13 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
         ) from error
     (target / TOKENIZER).write_text(content, encoding="utf-8")
     image_token = tokenizer.convert_ids_to_tokens(adapter.image_token_id)
-    if image_token is None or tokenizer.convert_tokens_to_ids(image_token) != adapter.image_token_id:
+    # An ordinary token may also come from what a person types, so it cannot mark the place of an image.
+    if adapter.image_token_id not in tokenizer.added_tokens_decoder:
         raise CheckpointError(
             "the tokenizer has no token for the image placeholder",
             received=f"id {adapter.image_token_id} is {image_token!r}",
-            expected="the token that image_token_index in config.json names",
+            expected="the added token that image_token_index in config.json names",
+            hint="tokenizer and config.json do not belong together; download the checkpoint again",
         )
     template = _chat_template(directory, tokenizer)
     if template is None:
@@ -108,20 +110,20 @@ def _chat_template(directory: Path, tokenizer: Any) -> str | None:
 
 
 def _eos_token_ids(directory: Path, adapter: Adapter, tokenizer: Any) -> list[int]:
-    ids: Any = None
-    if (directory / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    """Return the ids that end an answer: of the generation configuration, which transformers derives where it lacks."""
+    ids = _read_json(directory / "generation_config.json").get("eos_token_id")
     if ids is None:
-        ids = adapter.config.text_config.eos_token_id
+        ids = GenerationConfig.from_model_config(adapter.config).eos_token_id
     if ids is None:
         ids = tokenizer.eos_token_id
-    if ids is None:
+    listed = [ids] if isinstance(ids, int) else ids
+    if not isinstance(listed, list) or not listed or not all(type(token) is int for token in listed):
         raise CheckpointError(
             "nothing says which token ends an answer",
-            received=str(directory),
-            expected="eos_token_id in generation_config.json or config.json, or eos_token in tokenizer_config.json",
+            received=f"eos_token_id {ids!r} in {directory}",
+            expected="a token id, or a list of them, in generation_config.json or config.json",
         )
-    return [ids] if isinstance(ids, int) else list(ids)
+    return listed
 
 
 def _read_json(path: Path) -> dict[str, Any]:
