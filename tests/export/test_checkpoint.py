@@ -23,6 +23,7 @@ from flashvlm_export.export.visual_graph import VisualGraph, build_visual_graph
 from flashvlm_export.files import atomic_directory
 from flashvlm_export.models import MODELS, adapter_class
 from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.progress import Progress
 from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision, VisualDims
 
@@ -67,7 +68,7 @@ def read_all(directory: Path, embeddings: Path) -> tuple[dict[str, Tensor], Any,
     module, weights = build(directory)
     adapter = adapter_of(weights.config)
     write_text_embeddings(embeddings, adapter, weights)
-    text = dict(text_model_tensors(adapter, weights))
+    text = dict(text_model_tensors(adapter, weights, Progress()))
     return module.state_dict(), np.load(embeddings), text, weights.fingerprint()
 
 
@@ -204,7 +205,7 @@ class TestLaziness:
         np.testing.assert_array_equal(np.load(tmp_path / "table.npy"), tensors[EMBEDDING].numpy())
         problem = {"missing": "shard is missing", "truncated": "shard cannot be read", "NaN": "holds NaN"}[state]
         with pytest.raises(CheckpointError, match=problem):
-            list(text_model_tensors(adapter, weights))
+            list(text_model_tensors(adapter, weights, Progress()))
 
     def test_layers_above_the_feature_layer_are_not_needed(self, checkpoint: Path, tensors: dict[str, Tensor]) -> None:
         want = build(checkpoint)[0].state_dict()
