@@ -49,10 +49,14 @@ runtime-lanes: build/lane/bundle/manifest.json
 
 build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
-	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite
+	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required
 
-test-gpu: $(VENV)/installed ## tests that need an NVIDIA GPU; fails without one
-	FLASHVLM_REQUIRE_GPU=1 $(BIN)/python -m pytest tests/gpu
+# In an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other.
+test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fails without one
+	test -f .venv-gpu/installed || { $(PYTHON) -m venv .venv-gpu && \
+	  .venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]' pytest && \
+	  touch .venv-gpu/installed; }
+	FLASHVLM_REQUIRE_GPU=1 FLASHVLM_TEST_BUNDLE=build/lane/bundle .venv-gpu/bin/python -m pytest tests/gpu
 
 onnx: $(VENV)/installed ## export MODEL (WEIGHTS=auto|DIR|random) to BUNDLE
 	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
@@ -67,4 +71,4 @@ bench-start: $(VENV)/installed build/lane/bundle/manifest.json ## import and ope
 	$(BIN)/python benchmarks/start_up.py build/lane/bundle
 
 clean: ## remove what the targets above made, .venv included
-	rm -rf build dist $(VENV) .venv-3.*
+	rm -rf build dist $(VENV) .venv-3.* .venv-gpu

@@ -41,9 +41,7 @@ def main() -> None:
         vlm.ask(photograph, QUESTION, budget=args.budget, params=params)  # warm-up
         prompt = vlm.encode([Request([photograph], QUESTION)], budget=args.budget)[0]
         print(f"\n{QUESTION}\n  ", end="")
-        for piece in vlm.stream(prompt, params):
-            print(piece, end="", flush=True)
-        answer = vlm.answer(prompt, params)
+        answer = vlm.answer(prompt, params, on_text=lambda piece: print(piece, end="", flush=True))
         unpruned = vlm.ask(photograph, QUESTION, budget=vlm.visual_tokens, params=params)
         picture = draw_selection(
             vlm.view(photograph),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
 from flashvlm_export.export.rtx import rtx_available, timed_rtx_check
-from flashvlm_export.export.text_model import text_model_tensors, write_text_embeddings
+from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
 from flashvlm_export.manifest import (
@@ -50,8 +51,9 @@ _TOOLS = (
     "onnx",
     "onnxscript",
     "onnxruntime",
+    "onnxruntime-gpu",
     "onnxruntime-genai",
-    "tensorrt-rtx-cu12",
+    "tensorrt_rtx_cu12",
 )
 
 
@@ -60,7 +62,7 @@ class ExportSettings:
     """What ``flashvlm export`` was asked for.
 
     Attributes:
-        model: registry name, hub id, family, or checkpoint directory.
+        model: registry name, hub id, or checkpoint directory; beside ``weights`` a family will do.
         output: directory of the bundle.
         weights: ``auto``, ``random[:SEED]``, or a checkpoint directory.
         revision: branch, tag or commit on the hub.
@@ -201,7 +203,7 @@ def _resolve_decoder(settings: ExportSettings, adapter: Adapter, weights: Weight
         return "none"
     if settings.decoder != "auto":
         return settings.decoder
-    return "fp32" if _llm_parameters(adapter) < _SMALL_LLM else "int4"
+    return "fp32" if count_text_parameters(adapter) < _SMALL_LLM else "int4"
 
 
 def _print_settings(
@@ -235,14 +237,9 @@ def _size_bytes(settings: ExportSettings, adapter: Adapter, decoder: DecoderChoi
     encoder = sum(parameter.numel() for parameter in adapter.encoder(needs_saliency=True).parameters())
     graphs = sum(encoder * (4 if precision is Precision.FP32 else 2) for precision in settings.precisions)
     # The decoder's weights are laid out once as a checkpoint for the model builder, then written again.
-    decoder_bytes = {"none": 0, "auto": 0, "fp32": 8, "fp16": 6, "int4": 5}[decoder] * _llm_parameters(adapter)
-    return graphs + adapter.vocab_size * adapter.dims.llm_width * 4 + decoder_bytes + (32 << 20)
-
-
-def _llm_parameters(adapter: Adapter) -> int:
-    text = adapter.config.text_config
-    per_layer = 4 * text.hidden_size**2 + 3 * text.hidden_size * text.intermediate_size
-    return int(text.num_hidden_layers * per_layer + 2 * text.vocab_size * text.hidden_size)
+    bytes_per_weight = {"none": 0, "auto": 0, "fp32": 8, "fp16": 6, "int4": 5}[decoder]
+    llm_bytes = bytes_per_weight and bytes_per_weight * count_text_parameters(adapter)
+    return graphs + adapter.vocab_size * adapter.dims.llm_width * 4 + llm_bytes + (32 << 20)
 
 
 def _write_graph(
@@ -302,6 +299,8 @@ def _write_decoder(
 
 
 def _tool_versions() -> dict[str, str]:
-    return {
-        name: importlib.metadata.version(name) for name in _TOOLS if importlib.util.find_spec(name.replace("-", "_"))
-    }
+    versions = {}
+    for name in _TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

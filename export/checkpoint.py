@@ -172,6 +172,18 @@ def _lacks_config(directory: Path) -> str:
 
 def weight_index(directory: Path) -> dict[str, str]:
     """Return ``{tensor name: shard file}``; raise :class:`CheckpointError` if there are no weights to be read."""
+    # As transformers does: an index may be left over from an earlier save in shards.
+    if (directory / SINGLE).is_file():
+        try:
+            with safe_open(directory / SINGLE, framework="pt") as file:
+                return dict.fromkeys(file.keys(), SINGLE)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                "the weights cannot be read",
+                received=f"{directory / SINGLE}: {error}",
+                expected="a complete safetensors file",
+                hint="download the checkpoint again",
+            ) from error
     if (directory / INDEX).is_file():
         try:
             weight_map: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -185,17 +197,6 @@ def weight_index(directory: Path) -> dict[str, str]:
                 hint="download the checkpoint again",
             ) from error
         return weight_map
-    if (directory / SINGLE).is_file():
-        try:
-            with safe_open(directory / SINGLE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), SINGLE)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "the weights cannot be read",
-                received=f"{directory / SINGLE}: {error}",
-                expected="a complete safetensors file",
-                hint="download the checkpoint again",
-            ) from error
     pickled = sorted(file.name for file in directory.glob("*.bin"))
     raise CheckpointError(
         "the checkpoint has no safetensors weights",

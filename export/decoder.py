@@ -52,8 +52,6 @@ _EXECUTION_PROVIDER = {"fp32": "cpu", "fp16": "cuda", "int4": "cpu"}
 # int4: half a byte, and one float32 scale per block of 32.
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 0.625}
 
-# ONNX Runtime's GroupQueryAttention refuses others once it rotates positions itself.
-
 # ``prune_lm_head``: only the last position's logits leave the graph, [batch, 1, vocab]. A generator needs no others,
 # and the rest would be a few per cent of the prefill's work and, at 640 tokens and a vocabulary of 152 000, 390 MB. The
 # price: a right-padded batch finds the padding's logits there.
@@ -141,13 +139,13 @@ def _require_builder() -> None:
         raise DependencyError(
             "exporting the language model needs onnxruntime-genai's model builder",
             received=f"not installed: {', '.join(missing)}",
-            hint="pip install 'flashvlm-export[llm]', or leave the decoder out of the bundle",
+            hint="pip install 'flashvlm-export[llm]', or leave the decoder out: --decoder none",
         )
 
 
 def _causal_lm_config(text_config: PreTrainedConfig) -> Any:
     """Return a copy of ``text_config`` as the builder wants it; raise :class:`ExportError` if it cannot serve."""
-    hint = "export the bundle without a decoder and run the language model in another engine"
+    hint = "export with --decoder none and run the language model in another engine"
     if text_config.model_type not in _ARCHITECTURES:
         raise ExportError(
             "this language model cannot be exported as an ONNX decoder",
@@ -297,7 +295,7 @@ def _run_builder(checkpoint: Path, built: Path, precision: str) -> None:
         expected=f"a decoder in {precision}",
         hint="the builder holds all text weights in memory: free some, or use a machine with more"
         if killed
-        else "pip install --upgrade 'flashvlm-export[llm]', or export the bundle without a decoder",
+        else "pip install --upgrade 'flashvlm-export[llm]', or export with --decoder none",
     )
 
 

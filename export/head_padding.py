@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# ONNX Runtime's GroupQueryAttention refuses others once it rotates positions itself.
 HEAD_SIZE_MULTIPLE = 16
 # Without a norm over each head, which would count the zeros.
 PADDABLE = ("llama", "mistral", "qwen2")

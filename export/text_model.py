@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
 from flashvlm_export.export.checkpoint import WeightSource
@@ -35,8 +37,26 @@ def write_text_embeddings(path: Path, adapter: Adapter, weights: WeightSource) -
 
 
 def text_model_tensors(adapter: Adapter, weights: WeightSource, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Yield ``(name in the causal LM's state dict, tensor)``; names and shapes come from transformers' own class."""
+    """Yield ``(name in the causal LM's state dict, tensor)``; names and shapes come from transformers' own class.
+
+    Without ``lm_head.weight`` where the output layer is the embedding table. As in transformers, the checkpoint's
+    top-level ``tie_word_embeddings`` decides; the text configuration's only where there is no ``lm_head`` at all.
+    """
+    config = adapter.config
+    stored = "lm_head.weight" in weights.names()
+    tied = config.tie_word_embeddings or (config.text_config.tie_word_embeddings and not stored)
+    for name, parameter in progress.track(_text_parameters(adapter), "tensors"):
+        if not (tied and name == "lm_head.weight"):
+            yield name, weights.read(adapter.text_key(name), tuple(parameter.shape))
+
+
+def count_text_parameters(adapter: Adapter) -> int:
+    """Return the number of the language model's weights, embeddings and output layer included."""
+    return sum(parameter.numel() for _, parameter in _text_parameters(adapter))
+
+
+def _text_parameters(adapter: Adapter) -> list[tuple[str, Parameter]]:
+    config = copy.deepcopy(adapter.config.text_config)
+    config.tie_word_embeddings = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(adapter.config.text_config)
-    for name, parameter in progress.track(list(model.named_parameters()), "tensors"):
-        yield name, weights.read(adapter.text_key(name), tuple(parameter.shape))
+        return list(AutoModelForCausalLM.from_config(config).named_parameters())

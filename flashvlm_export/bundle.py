@@ -56,7 +56,7 @@ class Bundle:
                 "there is no bundle at this path",
                 received=f"{path} ({_reason(path)})",
                 expected="a directory written by flashvlm export",
-                hint=f"flashvlm export MODEL --output {path}",
+                hint=f"flashvlm export MODEL --output {path}; if a bundle stood there, remove the directory first",
             )
         bundle = cls(path, decode_manifest((path / MANIFEST).read_bytes()))
         bundle._check_files(verify)
@@ -68,8 +68,7 @@ class Bundle:
             raise BundleError(
                 f"the bundle has no {name}",
                 received=f"{self.path}: {', '.join(sorted(self.manifest.files))}",
-                hint="export again from a checkpoint that has it: flashvlm export MODEL --weights DIR "
-                f"--output {self.path}",
+                hint=f"export again from a checkpoint that has it: {self._export_again()}",
             )
         return self.path / name
 
@@ -81,9 +80,15 @@ class Bundle:
                 "the bundle has no visual graph in this precision",
                 received=precision.value,
                 expected=f"one of {', '.join(self.manifest.graphs)}",
-                hint="export it: flashvlm export MODEL --precision fp32,fp16 --output BUNDLE",
+                hint=f"{self._export_again()} --precision {precision.value}",
             )
         return self.file(entry.file)
+
+    def _export_again(self) -> str:
+        """Return the command that replaces this bundle."""
+        source = self.manifest.source
+        weights = "DIR" if source.weights == "checkpoint" else source.weights
+        return f"flashvlm export {source.model} --weights {weights} --output {self.path} --overwrite"
 
     def _check_files(self, verify: bool) -> None:
         problems = []
@@ -102,8 +107,7 @@ class Bundle:
                 "the bundle is damaged",
                 received="\n            ".join([str(self.path), *problems]),
                 expected="every file as manifest.json lists it",
-                hint=f"export it again: flashvlm export {self.manifest.source.model} --output {self.path}, "
-                "or copy it again from where it is whole",
+                hint=f"copy it again from where it is whole, or export it again: {self._export_again()}",
             )
 
 

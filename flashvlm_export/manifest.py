@@ -24,7 +24,7 @@ class Source:
         model: registry name, hub id or directory name that was exported.
         family: adapter, such as ``llava``.
         weights: ``checkpoint`` or ``random:SEED``.
-        config_sha256: hash of the checkpoint's ``config.json`` as it was read.
+        config_sha256: hash of the checkpoint's ``config.json``, its keys sorted.
         weights_sha256: hash over name, dtype, shape and bytes of every tensor that went into the visual graph and
             the embedding table.
     """
@@ -68,6 +68,7 @@ class PromptSettings:
         image_token: placeholder text; each stands for one image.
         image_token_id: its id.
         bos_token: start-of-sequence text that the tokenizer adds or the template writes; empty for none.
+        eos_token: end-of-sequence text for the template; empty for none.
         eos_token_ids: ids that end an answer.
         pad_token_id: id for padding, if the tokenizer has one.
     """
@@ -114,7 +115,7 @@ class Manifest:
         decoder: the LLM, where the bundle carries one.
         files: every file but the manifest, by path relative to the bundle.
         tools: versions of the packages that wrote the bundle.
-        checks: what was measured before the bundle was called good, by graph file.
+        checks: what was measured before the bundle was called good: precision → check → figure.
     """
 
     schema_version: int
@@ -127,7 +128,11 @@ class Manifest:
     decoder: DecoderEntry | None
     files: dict[str, FileEntry]
     tools: dict[str, str]
-    checks: dict[str, Any] = field(default_factory=dict)
+    checks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.graphs:
+            raise ValueError("a bundle has at least one graph")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -151,7 +156,8 @@ def decode_manifest(content: bytes) -> Manifest:
         raise BundleError(
             "manifest.json is damaged",
             received=str(error),
-            hint="export the bundle again: flashvlm export MODEL --output BUNDLE",
+            hint="copy it again from where it is whole, or export it again: "
+            "flashvlm export MODEL --output BUNDLE --overwrite",
         ) from error
 
 

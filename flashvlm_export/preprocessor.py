@@ -111,7 +111,8 @@ def decode_preprocessor(content: bytes) -> PreprocessorSettings:
         raise BundleError(
             "preprocessor.json is damaged",
             received=str(error),
-            hint="export the bundle again: flashvlm export MODEL --output BUNDLE",
+            hint="copy it again from where it is whole, or export it again: "
+            "flashvlm export MODEL --output BUNDLE --overwrite",
         ) from error
 
 

@@ -139,9 +139,7 @@ class GraphSpec:
         check_budget(feeds["budget"].item(), self.dim("budget").max)
 
 
-def visual_graph_spec(
-    dims: VisualDims, precision: Precision, *, batch: DynamicDim | None = None, text: DynamicDim | None = None
-) -> GraphSpec:
+def visual_graph_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
     """Return the contract of the fused visual graph for one model at one precision."""
     dtype = precision.float_dtype
     n, d, size = dims.num_patches, dims.llm_width, dims.image_size
@@ -158,8 +156,8 @@ def visual_graph_spec(
             TensorSpec("scores", "float32", ("batch", n)),
         ),
         dims=(
-            batch or DynamicDim("batch", 1, 1, 8),
-            text or DynamicDim("text", 1, 64, 512),
+            DynamicDim("batch", 1, 1, 8),
+            DynamicDim("text", 1, 64, 512),
             DynamicDim("budget", 1, min(128, n), n),
         ),
     )

@@ -155,7 +155,8 @@ def _open_table(path: Path) -> Rows:
             "the embedding table cannot be read",
             received=f"{path}: {problem}",
             expected="a .npy file of float16 or float32 [vocab, D]",
-            hint="export the bundle again: flashvlm export MODEL --output BUNDLE",
+            hint="copy it again from where it is whole, or export it again: "
+            "flashvlm export MODEL --output BUNDLE --overwrite",
         )
     # A plain view: rows taken from a memmap would be of that class too.
     return table.view(np.ndarray)

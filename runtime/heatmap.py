@@ -15,6 +15,8 @@ from flashvlm_export.specs import Array
 
 _SIDE = 504
 _GAP = 12
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SUFFIXES = ", ".join(_FORMATS)
 # Dark to bright through blue, red and yellow; readable in grey too, because lightness rises all the way.
 _STOPS = np.array([[0, 0, 4], [60, 15, 112], [158, 44, 98], [229, 92, 48], [251, 180, 26], [252, 255, 164]])
 
@@ -61,22 +63,26 @@ def draw_selection(
     return sheet
 
 
-def check_picture_path(path: Path) -> str:
-    """Return the format that ``path``'s suffix names; raise :class:`ConfigError` if it names none."""
-    suffix = path.suffix.lower()
-    name = Image.registered_extensions().get(suffix)
-    if name not in Image.SAVE:
-        raise ConfigError(
-            "unknown picture format", received=path.name, expected="a name such as kept.png, kept.jpg or kept.webp"
-        )
-    return name
+def check_picture_path(path: Path) -> None:
+    """Raise :class:`ConfigError` unless a picture can be written to ``path``."""
+    if path.suffix.lower() not in _FORMATS:
+        raise ConfigError("unknown picture format", received=path.name, expected=f"a name ending in {_SUFFIXES}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError("the picture's folder does not exist", received=str(path), hint="make the folder first")
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write ``picture`` atomically, in the format of ``path``'s suffix."""
-    picture_format = check_picture_path(path)
-    with atomic_write(path) as temporary:
-        picture.save(temporary, picture_format)
+    check_picture_path(path)
+    try:
+        with atomic_write(path) as temporary:
+            picture.save(temporary, _FORMATS[path.suffix.lower()])
+    except ValueError as error:
+        raise ConfigError(
+            "the picture does not fit into this format",
+            received=f"{path.name}: {error}",
+            expected="a name ending in .png",
+        ) from error
 
 
 def stack(pictures: Sequence[Image.Image]) -> Image.Image:

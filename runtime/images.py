@@ -150,7 +150,7 @@ def _open(stream: BinaryIO, name: str, limit_pixels: int) -> Image.Image:
             "the image has too many pixels",
             received=f"{name}: {error}",
             expected=f"at most {limit_pixels} pixels",
-            hint="scale it down first; if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS and limit_pixels",
+            hint="scale it down first",
         ) from error
     except Exception as error:  # damaged headers make Pillow's plugins raise almost anything
         raise ImageError(
@@ -168,7 +168,7 @@ def _to_rgb(image: Image.Image, name: str, limit_pixels: int) -> Image.Image:
             "the image has too many pixels",
             received=f"{name}: {width} x {height} = {width * height} pixels",
             expected=f"at most {limit_pixels} pixels",
-            hint="scale it down first, or raise limit_pixels if you trust it and have the memory",
+            hint="scale it down first",
         )
     if width * height == 0:
         raise ImageError("the image is empty", received=f"{name}: {width} x {height} pixels")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashvlm_export.errors import DependencyError, SessionError
+from flashvlm_export.errors import ConfigError, DependencyError, SessionError
 
 _EXTRA = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
@@ -34,6 +35,9 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
             expected=f"among {', '.join(available)}",
             hint=f"pip install 'flashvlm-export[{_EXTRA.get((missing or [''])[0], 'ort')}]', or use another one",
         )
+    cores = os.cpu_count() or 1
+    if threads is not None and not 1 <= threads <= cores:
+        raise ConfigError("cannot use this many threads", received=threads, expected=f"1 to {cores}, the cores here")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     if threads is not None:

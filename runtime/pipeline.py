@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -162,9 +162,13 @@ class Pipeline:
 
     def load(self) -> None:
         """Load graph and language model; ``with`` does the same."""
-        self.session.open()
-        if self.llm is not None:
-            self.llm.open()
+        try:
+            self.session.open()
+            if self.llm is not None:
+                self.llm.open()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Release graph and language model."""
@@ -257,9 +261,19 @@ class Pipeline:
             if piece:
                 yield piece
 
-    def answer(self, prompt: PrunedPrompt, params: SamplingParams | None = None) -> Answer:
-        """Return the whole answer to a pruned prompt."""
-        pairs = list(self._generate(prompt, params))
+    def answer(
+        self,
+        prompt: PrunedPrompt,
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[str], object] = lambda piece: None,
+    ) -> Answer:
+        """Return the whole answer to a pruned prompt; ``on_text`` hears each piece of text as it comes."""
+        pairs = []
+        for token, piece in self._generate(prompt, params):
+            pairs.append((token, piece))
+            if piece:
+                on_text(piece)
         stats = self._require_llm().last_run
         assert stats is not None  # _generate ran to its end
         return Answer(

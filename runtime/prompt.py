@@ -158,13 +158,15 @@ class PromptBuilder:
             _check_text(system, "system message")
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
         except Exception as error:  # the template is someone's program: it may raise anything
             raise PromptError(
                 "the chat template cannot be rendered",
                 received=f"{type(error).__name__}: {error}",
                 expected="a template for messages whose content is a list of image and text parts",
-                hint="write the whole prompt yourself and pass it as a raw prompt",
+                hint="write the whole prompt yourself and pass it with --raw-prompt, or Request(raw=True)",
             ) from error
 
     @cached_property
@@ -289,7 +291,7 @@ def _locate(question: str, text: str, marked: str) -> tuple[int, int]:
             "the chat template does not write the question",
             received=repr(text[:200]),
             expected="a prompt that contains the user's text",
-            hint="write the whole prompt yourself and pass it as a raw prompt",
+            hint="write the whole prompt yourself and pass it with --raw-prompt, or Request(raw=True)",
         )
     return end - len(framed_words.lstrip()), start + len(framed_words.rstrip())
 

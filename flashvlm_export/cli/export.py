@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--diversity",
         choices=DIVERSITIES,
-        default="bipartite",
-        help="background tokens: bipartite = the authors' step, farthest = stable under rounding",
+        help="background tokens: bipartite = the authors' step, the default; farthest = stable under rounding",
     )
     parser.add_argument(
         "--set",
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         precisions=_precisions(args.precision),
         selector=args.selector,
-        selection={"diversity": args.diversity, **dict(_setting(text) for text in args.set)},
+        selection=_settings(args.set, args.diversity),
         decoder=args.decoder,
         engine_check=args.engine_check,
         overwrite=args.overwrite,
@@ -109,6 +108,14 @@ def _precisions(text: str) -> list[Precision]:
     except ValueError:
         raise ConfigError("unknown precision", received=repr(text), expected="fp32, fp16, or fp32,fp16") from None
     return list(dict.fromkeys(chosen))
+
+
+def _settings(texts: list[str], diversity: str | None) -> dict[str, str]:
+    pairs = [_setting(text) for text in texts] + ([("diversity", diversity)] if diversity else [])
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        raise ConfigError("a setting is given twice", received=", ".join(f"{name}={value}" for name, value in pairs))
+    return settings
 
 
 def _setting(text: str) -> tuple[str, str]:

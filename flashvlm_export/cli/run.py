@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens; 0 = all")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much probability")
     parser.add_argument("--seed", metavar="SEED", type=int, help="of sampling; the same seed gives the same answer")
-    parser.add_argument("--heatmap", metavar="PNG", type=Path, help="write a picture of scores and kept tokens")
+    parser.add_argument(
+        "--heatmap", metavar="FILE", type=Path, help="write a picture of scores and kept tokens (.png, .jpg, .webp)"
+    )
     parser.add_argument("--visual-only", action="store_true", help="select tokens and stop; needs no language model")
 
 
@@ -99,19 +101,14 @@ def run(args: argparse.Namespace) -> None:
             }
             captions.append(question)
             if pipeline.llm is not None:
-                pieces = []
-                for piece in pipeline.stream(prompt, params):
-                    say(piece, end="")
-                    pieces.append(piece)
+                answer = pipeline.answer(prompt, params, on_text=lambda piece: say(piece, end=""))
                 say()
-                stats = pipeline.llm.last_run
-                assert stats is not None  # the stream ran to its end
                 result |= {
-                    "answer": "".join(pieces),
-                    "prompt_tokens": stats.prompt_tokens,
-                    "new_tokens": stats.new_tokens,
-                    "finish_reason": stats.finish_reason,
-                    "stage_ms": {**prompt.stage_ms, "prefill": stats.prefill_ms, "decode": stats.decode_ms},
+                    "answer": answer.text,
+                    "prompt_tokens": answer.stats.prompt_tokens,
+                    "new_tokens": answer.stats.new_tokens,
+                    "finish_reason": answer.stats.finish_reason,
+                    "stage_ms": answer.stage_ms,
                 }
                 captions[-1] += f"\n{result['answer'].strip()}"
             say(

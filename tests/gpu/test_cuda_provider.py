@@ -25,24 +25,33 @@ def require_cuda() -> None:
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
-def test_cuda_agrees_with_cpu(tiny_bundle: Path, precision: Precision) -> None:
-    """Scores within the provider's rounding (TF32 matrix products: 2^-11), tokens of the same index likewise."""
+@pytest.mark.parametrize("budget", [2, 6, 11])
+def test_cuda_agrees_with_cpu(tiny_bundle: Path, precision: Precision, budget: int) -> None:
+    """Tokens of the same index within the provider's rounding, and most of the important half of the kept set.
+
+    TF32 and float16 products round at 2^-11; sharpening multiplies that by up to 250, so close scores may change
+    places: at least three of four important tokens have to be the same.
+    """
     require_cuda()
     bundle = Bundle.open(tiny_bundle)
     spec, dims = bundle.manifest.graphs[precision.value].spec, bundle.manifest.dims
     rng = np.random.default_rng(0)
     dtype = np.dtype(precision.float_dtype)
     feeds = {
-        "pixel_values": rng.standard_normal((2, 3, dims.image_size, dims.image_size), np.float32),
-        "text_embeds": rng.standard_normal((2, 9, dims.llm_width), np.float32).astype(dtype),
-        "text_mask": np.ones((2, 9), bool),
-        "budget": np.array(dims.num_patches),
+        "pixel_values": rng.standard_normal((4, 3, dims.image_size, dims.image_size), np.float32),
+        "text_embeds": rng.standard_normal((4, 9, dims.llm_width), np.float32).astype(dtype),
+        "text_mask": np.ones((4, 9), bool),
     }
-    outputs = []
+    outputs = {}
     for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
         with OnnxRuntimeSession(bundle.graph_file(precision), spec, providers=(provider,)) as session:
-            outputs.append(session.run(feeds))
-    cpu, cuda = outputs
-    np.testing.assert_array_equal(cpu.indices, cuda.indices)
-    largest = np.abs(cpu.tokens).max()
-    np.testing.assert_allclose(cuda.tokens.astype(np.float32), cpu.tokens.astype(np.float32), atol=0.02 * largest)
+            outputs[provider] = session.run({**feeds, "budget": np.array(budget)})
+            everything = session.run({**feeds, "budget": np.array(dims.num_patches)})
+        if provider == "CPUExecutionProvider":
+            all_tokens = everything.tokens.astype(np.float32)
+    cpu, cuda = outputs.values()
+    expected = np.take_along_axis(all_tokens, cuda.indices[:, :, None], axis=1)
+    np.testing.assert_allclose(cuda.tokens.astype(np.float32), expected, rtol=0, atol=0.02 * np.abs(expected).max())
+    best = np.argsort(-cpu.scores, axis=1, kind="stable")[:, : budget // 2]
+    same = sum(np.isin(row, kept).sum() for row, kept in zip(best, cuda.indices, strict=True))
+    assert same >= 0.75 * best.size

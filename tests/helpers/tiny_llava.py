@@ -68,7 +68,8 @@ def make_config(
             patch_size=14,
             projection_dim=vision_width,
         ),
-        text_config=LlamaConfig(
+        text_config=overrides.pop("text_config", None)
+        or LlamaConfig(
             hidden_size=llm_width,
             intermediate_size=2 * llm_width,
             num_hidden_layers=3,
