@@ -62,7 +62,7 @@ class ExportSettings:
     """What ``flashvlm export`` was asked for.
 
     Attributes:
-        model: registry name, hub id, or checkpoint directory; beside ``weights`` a family will do.
+        model: registry name, hub id, or checkpoint directory; a label where ``weights`` is a directory.
         output: directory of the bundle.
         weights: ``auto``, ``random[:SEED]``, or a checkpoint directory.
         revision: branch, tag or commit on the hub.
@@ -226,6 +226,10 @@ def _print_settings(
     progress.note(f"decoder      {decoder}")
     progress.note(f"engine check {settings.engine_check} (TensorRT-RTX {'' if rtx_available() else 'not '}installed)")
     named = find_model(settings.model)
+    if named is None and settings.weights != "auto":
+        progress.note(
+            f"NOTE: {settings.model!r} is no registered model; {settings.weights} alone decides what is exported"
+        )
     if named is not None and weights.directory is not None:
         expected = adapter_class(named.family)(named.config).dims
         if expected != dims:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashvlm_export.errors import CheckpointError, ConfigError
 from flashvlm_export.export.checkpoint import Checkpoint, RandomWeights, WeightSource, read_config, weight_index
-from flashvlm_export.models import FAMILIES, MODELS, adapter_class, find_model
+from flashvlm_export.models import MODELS, adapter_class, find_model
 
 # Everything an export reads, and nothing else (no pickled weights).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -19,7 +19,7 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
     """Return the weights that ``--weights`` names for ``model``.
 
     Args:
-        model: registry name, hub id, or checkpoint directory; with a directory in ``weights`` also a family.
+        model: registry name, hub id, or checkpoint directory; a label where ``weights`` is a directory.
         weights: ``auto`` (local Hugging Face cache, then the hub), ``random`` or ``random:SEED``, or a directory.
         revision: branch, tag or commit on the hub.
 
@@ -39,10 +39,6 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
             raise ConfigError("the seed is not a whole number", received=weights, expected="random or random:SEED")
         return RandomWeights(entry.config, int(seed))
     if weights != "auto":
-        if entry is None and model not in FAMILIES and Path(model).resolve() != Path(weights).resolve():
-            raise _unknown(
-                model, "--weights DIR goes with the name of a model or family; for DIR alone, give DIR as MODEL"
-            )
         directory = Path(weights)
     elif model and Path(model).is_dir():
         directory = Path(model)
@@ -51,19 +47,15 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
     elif "/" in model:
         directory = Path(model)
     else:
-        raise _unknown(model, "flashvlm models lists the names; --weights DIR reads a checkpoint from disk")
+        raise ConfigError(
+            "unknown model",
+            received=repr(model),
+            expected=f"one of {', '.join(MODELS)}, a hub id such as org/name, or a checkpoint directory",
+            hint="flashvlm models lists the names; --weights DIR reads a checkpoint from disk",
+        )
     if revision is not None:
         raise ConfigError("a revision belongs to the hub", received=f"--revision {revision} with {directory}")
     return Checkpoint(directory, adapter_class(read_config(directory)["model_type"]).canonical)
-
-
-def _unknown(model: str, hint: str) -> ConfigError:
-    return ConfigError(
-        "unknown model",
-        received=repr(model),
-        expected=f"one of {', '.join(MODELS)}, a hub id such as org/name, or a checkpoint directory",
-        hint=hint,
-    )
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:

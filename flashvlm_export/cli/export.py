@@ -15,7 +15,11 @@ from flashvlm_export.specs import Precision
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``flashvlm export``."""
-    parser.add_argument("model", metavar="MODEL", help="name from 'flashvlm models', hub id, or checkpoint directory")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="name from 'flashvlm models', hub id, or checkpoint directory; a label where --weights is a directory",
+    )
     parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory to write")
     parser.add_argument(
         "--weights",

@@ -171,7 +171,8 @@ def test_a_damaged_file_is_named(path: Path, name: str, damage: Callable[[Path],
     message = refusal(path)
     size = FILES[name]
     assert problem.format(name=name, size=size, less=size - 1, more=size + 1) in message
-    assert f"flashvlm export some/model --output {path}" in message
+    assert "flashvlm export some/model " in message
+    assert f"--output {path}" in message
 
 
 def test_all_damage_is_told_at_once(path: Path) -> None:

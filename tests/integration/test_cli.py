@@ -137,7 +137,6 @@ def test_export_refuses_what_it_cannot_do(
     model = str(tiny_checkpoint)
     for arguments, code, message in (
         (["export", "llava-2", "--output", out], 2, "unknown model"),
-        (["export", "llava-2", "--weights", model, "--output", out], 2, "unknown model"),
         (["export", model, "--revision", "main", "--output", out], 2, "a revision belongs to the hub"),
         (["export", model, "--output", out, "--diversity", "farthest", "--set", "diversity=bipartite"], 2, "twice"),
         (["export", model, "--output", out, "--precision", "fp8"], 2, "unknown precision"),
