@@ -684,11 +684,25 @@ class TestProcessorFiles:
         assert f"id {image_token}" in message
         assert "image_token_index" in message
 
+    @pytest.mark.parametrize("eos", ["</s>", [], [2, "</s>"], True, 2.0])
+    def test_an_end_of_answer_that_is_no_token_id(self, export: Export, eos: Any) -> None:
+        edit_json(export.checkpoint / "generation_config.json", lambda config: config.update(eos_token_id=eos))
+        message = self.fails(export, "which token ends an answer")
+        assert f"eos_token_id {eos!r}" in message
+        assert "generation_config.json or config.json" in message
+
     def test_no_end_of_answer(self, export: Export) -> None:
         (export.checkpoint / "generation_config.json").unlink()
         edit_json(export.checkpoint / "config.json", lambda config: config["text_config"].update(eos_token_id=None))
         edit_json(export.checkpoint / "tokenizer_config.json", lambda config: config.pop("eos_token"))
-        assert "eos_token_id in generation_config.json" in self.fails(export, "which token ends an answer")
+        assert "eos_token_id None" in self.fails(export, "which token ends an answer")
+
+    @pytest.mark.parametrize("eos", [2, [2, 5]])
+    def test_the_end_of_answer_is_that_of_the_generation_config(self, export: Export, eos: Any) -> None:
+        edit_json(export.checkpoint / "generation_config.json", lambda config: config.update(eos_token_id=eos))
+        prompt = export().manifest.prompt
+        assert prompt is not None
+        assert prompt.eos_token_ids == ([2] if eos == 2 else [2, 5])
 
     def test_no_image_processor(self, export: Export) -> None:
         (export.checkpoint / "preprocessor_config.json").unlink()
