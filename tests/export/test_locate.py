@@ -68,6 +68,13 @@ class TestDirectory:
         weights = open_weights(model, str(tiny_checkpoint))
         assert (weights.directory, weights.label) == (tiny_checkpoint, "checkpoint")
 
+    @pytest.mark.parametrize("weights", ["auto", "{directory}"])
+    def test_a_directory_has_no_revisions(self, tiny_checkpoint: Path, weights: str) -> None:
+        directory = str(tiny_checkpoint)
+        with pytest.raises(ConfigError, match="a revision belongs to the hub") as caught:
+            open_weights(directory, weights.format(directory=directory), revision="v2")
+        assert "--revision v2" in str(caught.value.received)
+
     def test_the_model_is_a_directory(self, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert open_weights(str(tiny_checkpoint), "auto").directory == tiny_checkpoint
         monkeypatch.chdir(tiny_checkpoint.parent)
