@@ -403,14 +403,15 @@ def benchmark(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
         "problems": agreement.problems,
         "versions": _versions(),
     }
-    median = result["median_ms"]
-    result["speed_up_over_authors"] = {
-        name: round(median["authors"] / median[name], 2) for name in runs if name.startswith(("torch", "comp", "fused"))
-    }
-    result["selection_share_percent"] = {
-        diversity: round(100 * median[f"selection {diversity}"] / median[f"fused {diversity}"], 2)
-        for diversity in files
-    }
+    for kind in ("median", "best"):
+        values = result[f"{kind}_ms"]
+        result[f"speed_up_of_{kind}"] = {
+            name: round(values["authors"] / values[name], 2) for name in agreement.measured
+        }
+        result[f"selection_share_of_{kind}_percent"] = {
+            diversity: round(100 * values[f"selection {diversity}"] / values[f"fused {diversity}"], 2)
+            for diversity in files
+        }
     return result, agreement.problems
 
 
