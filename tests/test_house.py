@@ -158,8 +158,16 @@ def test_optimum_cli_finds_the_command_of_an_installed_wheel(wheel: Path, tmp_pa
     pytest.importorskip("optimum", reason="optimum-cli belongs to optimum")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
+    # The tests' own environment may hold an editable install of this project, which registers the command too.
+    script = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        "sys.path = [p for p in sys.path if '__editable__' not in p]\n"
+        "from optimum.commands.optimum_cli import main\n"
+        "main()"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "flashvlm"]
+    command = [sys.executable, "-c", script, "export", "flashvlm"]
     run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     shown = run([*command, "--help"])
     assert shown.returncode == 0, shown.stderr
