@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from helpers.tiny_llava import make_config
-from transformers import LlamaForCausalLM
 
-from flashvlm_export.errors import LLMError, SessionError
-from flashvlm_export.export.decoder import export_decoder
-from flashvlm_export.manifest import DecoderEntry
-from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
+torch = pytest.importorskip("torch", reason="the oracle is transformers' model")
+
+from helpers.tiny_llava import make_config  # noqa: E402 - after importorskip, as the rest
+from transformers import LlamaForCausalLM  # noqa: E402
+
+from flashvlm_export.errors import LLMError, SessionError  # noqa: E402
+from flashvlm_export.export.decoder import export_decoder  # noqa: E402
+from flashvlm_export.manifest import DecoderEntry  # noqa: E402
+from flashvlm_export.runtime.llm.base import SamplingParams  # noqa: E402
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM  # noqa: E402
 
 WIDTH, NEW_TOKENS = 64, 32
 PROMPT_LENGTHS = (1, 2, 5, 17, 64, 190)
