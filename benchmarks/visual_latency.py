@@ -351,7 +351,7 @@ def benchmark(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
         "authors": lambda: authors(pixels, text, mask, args.budget),
         "torch": lambda: module(*inputs),
     }
-    compilation: dict[str, Any] = {"failed": "switched off"}
+    compilation: dict[str, Any] = {"skipped": "--no-compile"}
     if args.compile:
         say("torch.compile")
         compiled, compilation = compile_module(module, inputs)
@@ -429,7 +429,7 @@ def print_tables(result: dict[str, Any]) -> None:
             f"{measured['token_error']:13.1e}{measured['coverage']:10.3f}"
         )
     compilation = result["torch_compile"]
-    say("torch.compile: " + "".join(f"{key.replace('_', ' ')} {value}" for key, value in compilation.items()))
+    say("torch.compile: " + ", ".join(f"{key} = {value}" for key, value in compilation.items()))
     say(f"\n{'stage':24}{'median ms':>11}{'best ms':>11}{'of fused':>10}{'of best':>9}")
     stages = ("preprocess", "tokenise and look up", *list(PARTS)[:2], *(f"selection {name}" for name in DIVERSITIES))
     for name in stages:
