@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashvlm_export import __version__
-from flashvlm_export.bundle import PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
+from flashvlm_export.bundle import MANIFEST, PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
 from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, FlashVLMError, StorageError
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.export.checks import check_graph
@@ -166,7 +166,8 @@ def _check_settings(settings: ExportSettings) -> None:
         )
     with storage_errors(settings.output):
         is_taken = settings.output.exists()
-        is_bundle = (settings.output / "manifest.json").is_file()
+        # A damaged bundle may be replaced, another program's directory never: those have a manifest.json too.
+        is_bundle = (settings.output / MANIFEST).is_file() and any(settings.output.glob("visual.*.onnx"))
         is_empty = settings.output.is_dir() and not any(settings.output.iterdir())
     if is_taken and not is_empty and not (is_bundle and settings.overwrite):
         raise StorageError(

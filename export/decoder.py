@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,11 +16,13 @@ from typing import Any, Literal, cast, get_args
 
 import onnx
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, ExportError
+from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, ExportError, StorageError
+from flashvlm_export.export.child import run_child
 from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, head_size, pad_heads
 from flashvlm_export.files import require_free_space, storage_errors
 from flashvlm_export.manifest import DecoderEntry
@@ -213,7 +212,14 @@ def _write_checkpoint(directory: Path, config: Any, tensors: Iterable[tuple[str,
 
     def flush() -> None:
         file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise StorageError(
+                "the text weights cannot be laid out for the model builder",
+                received=f"{error} while writing {directory}",
+                hint="free some space, or write to another disk",
+            ) from error
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
 
@@ -267,31 +273,21 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 def _run_builder(checkpoint: Path, built: Path, precision: str) -> None:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-    command += ["--input", str(checkpoint), "--output", str(built), "--precision", precision]
-    command += ["--execution_provider", _EXECUTION_PROVIDER[precision], "--cache_dir", str(checkpoint.parent / "cache")]
-    command += ["--extra_options", *_BUILDER_OPTIONS]
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    log = checkpoint.parent / "builder.log"
-    with log.open("wb") as stream:
-        # ``-m`` puts the working directory on the import path: one without modules.
-        returncode = subprocess.run(
-            command,
-            cwd=checkpoint.parent,
-            env={**os.environ, **offline},
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            check=False,
-        ).returncode
-    if returncode == 0 and (built / MODEL).is_file():
+    # ``-m`` puts the working directory on the import path: one without modules.
+    done = run_child(
+        "onnxruntime_genai.models.builder",
+        *("--input", checkpoint, "--output", built, "--precision", precision),
+        *("--execution_provider", _EXECUTION_PROVIDER[precision], "--cache_dir", checkpoint.parent / "cache"),
+        *("--extra_options", *_BUILDER_OPTIONS),
+        cwd=checkpoint.parent,
+        env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+    )
+    if done.returncode == 0 and (built / MODEL).is_file():
         return
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
-    killed = returncode < 0
+    killed = done.returncode < 0
     raise ExportError(
         "onnxruntime-genai's model builder failed",
-        received=f"exit code {returncode}; its last lines:\n    "
-        + "\n    ".join(line.rpartition("\r")[2] for line in lines[-8:]),
+        received="\n    ".join([f"exit code {done.returncode}; its last lines:", *done.lines[-8:]]),
         expected=f"a decoder in {precision}",
         hint="the builder holds all text weights in memory: free some, or use a machine with more"
         if killed

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from flashvlm_export import interrupts
 from flashvlm_export.errors import ExportError
 from flashvlm_export.export.translations import TRANSLATIONS
 from flashvlm_export.export.visual_graph import VisualGraph
@@ -61,6 +62,9 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
             output.shape = ir.Shape(specs[output.name].shape)
     probe = file.with_name(f"{file.stem}.probe.onnx")
     ir.save(model, probe, external_data=f"{file.name}.data", size_threshold_bytes=1024)
+    for weight in model.graph.initializers.values():
+        # onnxscript's rewrite rules, which live as long as the process, remember the last graph that they matched.
+        weight.const_value = None
     del model.graph.outputs[len(VISUAL_OUTPUTS) :]
     shipped = onnx.load(probe, load_external_data=False)
     del shipped.graph.output[len(VISUAL_OUTPUTS) :]
@@ -92,20 +96,13 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        if _was_interrupted(error):
-            raise KeyboardInterrupt from error
+        interrupts.check()
         raise ExportError(
             "torch could not turn the visual graph into ONNX",
             received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             expected="a module that torch.export traces and torch.onnx translates",
             hint="the cause is chained to this error; check the versions against constraints.txt",
         ) from error
+    interrupts.check()
     model: ir.Model = exported.model
     return model
-
-
-def _was_interrupted(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C began it: torch's tracer, stopped at the wrong moment, fails while it cleans up."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None

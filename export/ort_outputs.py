@@ -3,12 +3,11 @@
 An export holds the model in torch; what ONNX Runtime takes on top (a float16 graph becomes float32 on a CPU) goes back
 to the system when the child ends.
 
-usage: python -m flashvlm_export.export.ort_outputs FILE FEEDS.npz OUTPUTS.npz
+arguments: FILE FEEDS.npz OUTPUTS.npz
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flashvlm_export.errors import ExportError
+from flashvlm_export.export.child import run_child
 from flashvlm_export.specs import Array, Feeds
 
 
@@ -28,12 +28,11 @@ def ort_outputs(file: Path, feeds: list[Feeds]) -> list[dict[str, Array]]:
     with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
         given, wanted = Path(temporary, "feeds.npz"), Path(temporary, "outputs.npz")
         _save(given, feeds)
-        command = [sys.executable, "-m", "flashvlm_export.export.ort_outputs", str(file), str(given), str(wanted)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = run_child(__name__, file, given, wanted)
         if done.returncode:
             raise ExportError(
                 "ONNX Runtime cannot run the exported graph",
-                received=f"{file.name}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}",
+                received=f"{file.name}: {done.last_line}",
                 expected="a graph that it loads and runs on a CPU",
                 hint="no bundle was written; check the versions against constraints.txt",
             )

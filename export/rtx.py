@@ -1,13 +1,23 @@
-"""Compiling a graph with TensorRT-RTX, which needs no GPU: the strictest reader a graph meets before a device does."""
+"""Compiling a graph with TensorRT-RTX, which needs no GPU: the strictest reader a graph meets before a device does.
+
+The check runs in a process of its own, because the compiler holds several copies of the weights.
+
+arguments: FILE SPEC.json REPORT.json
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from flashvlm_export.errors import DependencyError, ExportError
+from flashvlm_export.export.child import run_child
 from flashvlm_export.specs import GraphSpec
 
 
@@ -69,7 +79,31 @@ def rtx_engine_from_onnx(file: Path, spec: GraphSpec, *, compute_capability: tup
 
 
 def timed_rtx_check(file: Path, spec: GraphSpec) -> dict[str, float]:
-    """Compile ``file`` and return seconds and engine size; the engine is dropped."""
+    """Compile ``file`` and return seconds and engine size; the engine is dropped.
+
+    Raises:
+        ExportError: as :func:`rtx_engine_from_onnx` does, or if the compiler takes its process down.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent) as temporary:
+        given, report = Path(temporary, "spec.json"), Path(temporary, "report.json")
+        given.write_bytes(msgspec.json.encode(spec))
+        done = run_child(__name__, file, given, report)
+        if done.returncode:
+            raise ExportError(
+                f"the exported graph does not compile with TensorRT-RTX: {file.name}",
+                received="\n    ".join([f"exit code {done.returncode}; its last lines:", *done.lines[-8:]]),
+                hint="no bundle was written; report this with the versions in use, or leave it out: --engine-check off",
+            )
+        return msgspec.json.decode(report.read_bytes(), type=dict[str, float])
+
+
+def main(file: str, spec: str, report: str) -> None:
+    """Compile ``file`` for ``spec`` and write the report."""
     start = time.perf_counter()
-    engine = rtx_engine_from_onnx(file, spec)
-    return {"compile_s": round(time.perf_counter() - start, 1), "engine_size_bytes": len(engine)}
+    engine = rtx_engine_from_onnx(Path(file), msgspec.json.decode(Path(spec).read_bytes(), type=GraphSpec))
+    measured = {"compile_s": round(time.perf_counter() - start, 1), "engine_size_bytes": len(engine)}
+    Path(report).write_bytes(msgspec.json.encode(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from flashvlm_export import __version__
+from flashvlm_export import __version__, interrupts
 from flashvlm_export.cli import export, inspect, models
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted)."""
+    interrupts.install()
     parsed = build_parser().parse_args(arguments)
     return run_verb(f"flashvlm {parsed.verb}", parsed.run, parsed)
 

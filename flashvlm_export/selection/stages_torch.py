@@ -19,16 +19,16 @@ def likeness_matrix(rows: Tensor) -> Tensor:
     of summation nor its way to take a norm may show. ``cos - 1`` is finest where patches are most alike. Each unit
     row is split into a coarse part on a grid of 2^-10 and a small rest. Products of coarse parts are multiples of
     2^-20 whose partial sums stay below 2: exact in float32 in any order (and on TF32 units, which hold 11 bits).
-    The rounding of what remains is far below that. The squared length of a split row is known as precisely, and the
-    error of its norm is taken out of the rest.
+    The rounding of what remains is far below that: two halves, each the other transposed. The squared length of a
+    split row is known as precisely, and the error of its norm is taken out of the rest.
     """
     row = unit_rows(rows)
     coarse = torch.round(row * 1024.0) / 1024.0
     rest = row - coarse
     excess = ((coarse * coarse).sum(-1, keepdim=True) - 1.0) + ((row + coarse) * rest).sum(-1, keepdim=True)
     rest = rest - 0.5 * excess * row
-    coarse_t, rest_t = coarse.transpose(1, 2), rest.transpose(1, 2)
-    return (coarse @ coarse_t - 1.0) + (coarse @ rest_t + rest @ (coarse_t + rest_t))
+    half = (coarse + 0.5 * rest) @ rest.transpose(1, 2)
+    return (coarse @ coarse.transpose(1, 2) - 1.0) + (half + half.transpose(1, 2))
 
 
 def minmax(values: Tensor) -> Tensor:

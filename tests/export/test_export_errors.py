@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 from helpers.fake_bundle import make_fake_bundle
 from onnx import helper, numpy_helper
 
+from flashvlm_export import interrupts
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import (
     CheckpointError,
@@ -198,6 +200,18 @@ class TestCheckGraph:
             half.check()
 
     @pytest.mark.parametrize(
+        ("find", "operator", "constant"),
+        [(kept_mask, "Sub", np.float32(1)), (named("scores"), "Mul", np.float32(0.9))],
+        ids=["the dropped ones instead", "other scores"],
+    )
+    def test_a_half_precision_graph_that_selects_otherwise_than_its_probe(
+        self, half: Exported, find: Callable[[onnx.ModelProto], str], operator: str, constant: Any
+    ) -> None:
+        change_value(half.graph.file, find, operator, constant)
+        with pytest.raises(ExportError, match="the shipped fp16 graph selects otherwise than its probe"):
+            half.check()
+
+    @pytest.mark.parametrize(
         ("shape", "output"),
         [
             ((32, 3, 14, 14), "patch_features"),
@@ -338,8 +352,9 @@ class TestTensorRTRTX:
 
     def test_a_file_that_is_no_graph(self, exported: Exported) -> None:
         exported.graph.file.write_bytes(b"not a graph")
-        with pytest.raises(ExportError, match=r"cannot parse visual\.fp32\.onnx"):
-            rtx.rtx_engine_from_onnx(exported.graph.file, exported.spec)
+        with pytest.raises(ExportError, match=r"does not compile with TensorRT-RTX: visual\.fp32\.onnx") as caught:
+            rtx.timed_rtx_check(exported.graph.file, exported.spec)
+        assert "cannot parse visual.fp32.onnx" in str(caught.value.received)
 
 
 class TestWithoutTensorRTRTX:
@@ -461,15 +476,15 @@ class TestWholeExport:
 
 class TestOutputPath:
     @pytest.mark.parametrize("overwrite", [False, True])
-    @pytest.mark.parametrize("taken_by", ["a file", "a directory with a file", "a directory with a directory"])
+    @pytest.mark.parametrize("taken_by", ["a file", "a directory with a file", "a directory with another manifest"])
     def test_what_is_not_a_bundle_is_never_replaced(self, export: Export, taken_by: str, overwrite: bool) -> None:
         if taken_by == "a file":
             export.output.write_text("precious")
         else:
             export.output.mkdir()
             (export.output / "thesis").mkdir()
-            if "a file" in taken_by:
-                (export.output / "thesis.tex").write_text("precious")
+            name = "thesis.tex" if "a file" in taken_by else "manifest.json"
+            (export.output / name).write_text("precious")
         message = export.fails(StorageError, "the output path is taken", overwrite=overwrite)
         assert f"{export.output} (not a bundle)" in message
         assert "a new path, an empty directory, or a bundle together with --overwrite" in message
@@ -559,22 +574,33 @@ class TestFailedCheck:
         assert "received: RuntimeError: unsupported: first line\n" in message
         assert "second line" not in message
 
-    def test_ctrl_c_that_torch_turns_into_another_error_is_still_ctrl_c(
-        self, export: Export, old: Bundle, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("becomes", ["another error", "nothing"])
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_an_interrupt_that_torch_swallows_still_ends_the_export(
+        self, export: Export, old: Bundle, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, becomes: str
     ) -> None:
-        """Seen with torch 2.13, when it came while dynamo had its modes off the stack."""
+        """Both were seen with torch 2.13, when it came while dynamo had its modes off the stack."""
         monkeypatch.undo()
+        monkeypatch.setattr(interrupts, "_interrupted", False)
 
-        def fail(*_: Any, **__: Any) -> None:
-            try:
-                raise KeyboardInterrupt
-            finally:
+        def swallow(*_: Any, **__: Any) -> None:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+                time.sleep(60)
+            if becomes == "another error":
                 raise RuntimeError("trying to pop from empty mode stack")
 
-        monkeypatch.setattr(torch.export, "export", fail)
+        monkeypatch.setattr(torch.export, "export", swallow)
+        monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: None)
         before = export.on_disk()
-        with pytest.raises(KeyboardInterrupt):
-            export(overwrite=True)
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            interrupts.install()
+            with pytest.raises(KeyboardInterrupt):
+                export(overwrite=True)
+        finally:
+            for each, handler in handlers.items():
+                signal.signal(each, handler)
         assert export.on_disk() == before
 
     def test_an_engine_that_does_not_compile_leaves_the_old_bundle(
@@ -738,13 +764,7 @@ def command_at_work(checkpoint: Path, output: Path) -> Iterator[subprocess.Popen
     """A ``flashvlm export``; two precisions, so that there is time to stop it."""
     command = [sys.executable, "-m", "flashvlm_export", "export", str(checkpoint), "--output", str(output)]
     command += ["--overwrite", "--precision", "fp32,fp16", "--decoder", "none", "--engine-check", "off"]
-    # A shell that runs pytest in the background lets it ignore Ctrl-C, and its children inherit that.
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    with running:
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as running:
         try:
             yield running
         finally:
@@ -773,7 +793,7 @@ def test_a_command_killed_or_interrupted_at_work_leaves_the_old_bundle(tiny_chec
         killed.send_signal(signal.SIGKILL)
         assert killed.wait(60) == -signal.SIGKILL
         wait_for(interrupted, "torch → ONNX")
-        interrupted.send_signal(signal.SIGINT)
+        interrupted.send_signal(signal.SIGTERM)  # ends as Ctrl-C does
         _, errors = interrupted.communicate(timeout=60)
 
     assert interrupted.returncode == 130
