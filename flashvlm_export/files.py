@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flashvlm_export.errors import StorageError
+from flashvlm_export.errors import BundleError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNWRITABLE = (
@@ -28,6 +28,9 @@ _UNWRITABLE = (
     errno.EPERM,
     errno.EROFS,
 )
+
+# What file systems without locks answer.
+_NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
@@ -90,6 +93,39 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def bundle_lock(path: Path) -> Iterator[None]:
+    """Hold the right to write into the bundle at ``path``; a second writer, in this process or another, is refused.
+
+    The lock is on the directory itself, so it leaves no file behind, the kernel drops it with the process, and it
+    follows a bundle that is moved. Readers do not take it. On network file systems without locks it does nothing.
+
+    Raises:
+        BundleError: if another writer holds the lock.
+        StorageError: if the directory cannot be opened or written.
+    """
+    with storage_errors(path):
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BundleError(
+                "another process is writing to this bundle",
+                received=path,
+                expected="one writer at a time",
+                hint="wait until the other calibrate or build has ended, then run this again",
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise StorageError("the bundle cannot be written", received=path, expected="a directory you may write to")
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

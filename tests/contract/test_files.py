@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flashvlm_export.errors import StorageError
-from flashvlm_export.files import atomic_directory, atomic_write, require_free_space, sha256_of
+from flashvlm_export.errors import BundleError, StorageError
+from flashvlm_export.files import atomic_directory, atomic_write, bundle_lock, require_free_space, sha256_of
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -336,6 +336,58 @@ class TestUnwritable:
         with pytest.raises(RuntimeError), atomic_directory(tmp_path / "bundle"):
             raise RuntimeError
         assert (tmp_path / "bundle").read_text() == "old"
+
+
+def expect_refused(bundle: Path) -> None:
+    with pytest.raises(BundleError, match="another process is writing") as caught, bundle_lock(bundle):
+        pytest.fail("the second writer began")
+    assert str(bundle) in str(caught.value)
+
+
+class TestBundleLock:
+    HOLDER = """
+        with bundle_lock(Path(sys.argv[1])):
+            print("ready", flush=True)
+            sys.stdin.readline()
+    """
+
+    def test_a_second_writer_of_the_same_process_is_refused(self, old: Path) -> None:
+        with bundle_lock(old):
+            expect_refused(old)
+        with bundle_lock(old):
+            assert content(old) == {"sub/file": "old"}
+
+    def test_another_process_is_refused_until_the_first_is_killed(self, old: Path) -> None:
+        with process(self.HOLDER, old) as holder:
+            expect_refused(old)
+            holder.kill()
+            holder.wait()
+            with bundle_lock(old):
+                pass
+        assert content(old) == {"sub/file": "old"}
+
+    def test_an_exception_inside_frees_the_lock(self, old: Path) -> None:
+        with pytest.raises(RuntimeError), bundle_lock(old):
+            raise RuntimeError
+        with bundle_lock(old):
+            pass
+
+    def test_two_bundles_do_not_share_a_lock(self, old: Path, tmp_path: Path) -> None:
+        write(tmp_path / "other", "other")
+        with bundle_lock(old), bundle_lock(tmp_path / "other"):
+            expect_refused(old)
+
+    @pytest.mark.parametrize("place", ["missing", "bundle/sub/file"])
+    def test_a_path_that_is_no_directory(self, old: Path, place: str) -> None:
+        with pytest.raises(StorageError, match="cannot be written"), bundle_lock(old.parent / place):
+            pytest.fail("the work began")
+
+    def test_a_directory_that_cannot_be_written_is_told_before_the_work(
+        self, old: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+        with pytest.raises(StorageError, match="cannot be written"), bundle_lock(old):
+            pytest.fail("the work began")
 
 
 class TestFreeSpace:
