@@ -5,6 +5,7 @@
     manifest.json           what is here (see ``manifest.py``)
     visual.fp32.onnx        the fused graph; weights in visual.fp32.onnx.data
     visual.fp16.onnx        the same in half precision, selection still float32
+    visual.int8.onnx        optional: explicit Q/DQ, by flashvlm calibrate; ranges and tables in calibration/
     text_embeddings.npy     the LLM's input embeddings [vocab, D], memory-mapped
     tokenizer.json          as the tokenizers library writes it
     chat_template.jinja     rendered in a sandbox
@@ -80,7 +81,9 @@ class Bundle:
                 "the bundle has no visual graph in this precision",
                 received=precision.value,
                 expected=f"one of {', '.join(self.manifest.graphs)}",
-                hint=f"{self._export_again()} --precision {precision.value}",
+                hint=f"flashvlm calibrate {self.path}"
+                if precision is Precision.INT8
+                else f"{self._export_again()} --precision {precision.value}",
             )
         return self.file(entry.file)
 

@@ -11,6 +11,8 @@
     ├── CheckpointError       source weights: not found, incomplete, or of the wrong shape
     ├── BundleError           a bundle that is missing, damaged, half-written or too new
     ├── ExportError           the exported graph did not pass a check
+    ├── CalibrationError      images that give no usable ranges, or an INT8 graph outside its tolerance
+    ├── TargetError           the engine has to be built on another machine
     ├── SessionError          a backend that is missing, or inputs it cannot take
     ├── LLMError              the language model cannot take this prompt
     ├── StorageError          not enough disk space, or a path that cannot be written
@@ -81,6 +83,14 @@ class BundleError(FlashVLMError):
 
 class ExportError(FlashVLMError):
     """The exported graph did not pass a check; no bundle was written."""
+
+
+class TargetError(FlashVLMError):
+    """The engine cannot be built on this machine for the target that was asked for."""
+
+
+class CalibrationError(FlashVLMError):
+    """The images give no usable ranges, or the INT8 graph did not pass a check; the bundle is as it was."""
 
 
 class SessionError(FlashVLMError):

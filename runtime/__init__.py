@@ -5,6 +5,7 @@
 - ``preprocess.py``  image → ``pixel_values``, bit for bit as the checkpoint's processor
 - ``prompt.py``      chat template, tokens, streaming text
 - ``embeddings.py``  embedding table, padding, splicing
+- ``graph_inputs.py`` photographs and questions as inputs of the graph, for calibration
 - ``sessions/``      backends of the visual graph
 - ``llm/``           language-model engines
 - ``ort.py``         opening ONNX Runtime sessions

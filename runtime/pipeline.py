@@ -22,7 +22,8 @@ from PIL import Image
 from flashvlm_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
 from flashvlm_export.errors import BundleError, ConfigError, UsageError
 from flashvlm_export.preprocessor import decode_preprocessor
-from flashvlm_export.runtime.embeddings import TextEmbeddings, pad_text, splice
+from flashvlm_export.runtime.embeddings import TextEmbeddings, splice
+from flashvlm_export.runtime.graph_inputs import visual_feeds
 from flashvlm_export.runtime.images import ImageSource, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
@@ -216,15 +217,7 @@ class Pipeline:
         clock.lap("load_images")
         pixels = self.preprocess(images)
         clock.lap("preprocess")
-        text_embeds, text_mask = pad_text(guides)
-        outputs = self.session.run(
-            {
-                "pixel_values": pixels,
-                "text_embeds": text_embeds,
-                "text_mask": text_mask,
-                "budget": np.array(count, np.int64),
-            }
-        )
+        outputs = self.session.run(visual_feeds(pixels, guides, count))
         clock.lap("visual")
         spliced = []
         first = 0

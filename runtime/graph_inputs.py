@@ -1,0 +1,93 @@
+"""Photographs and questions as inputs of the visual graph, one at a time: what calibration feeds it with.
+
+No session and no language model: a bundle made for sizing, without a tokenizer, works too. Its text is then seeded
+rows of the embedding table, and :attr:`GraphInputs.has_tokenizer` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flashvlm_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
+from flashvlm_export.errors import UsageError
+from flashvlm_export.preprocessor import decode_preprocessor
+from flashvlm_export.runtime.embeddings import Rows, TextEmbeddings, pad_text
+from flashvlm_export.runtime.images import ImageSource, load_image
+from flashvlm_export.runtime.preprocess import ImagePreprocessor
+from flashvlm_export.runtime.prompt import PromptBuilder
+from flashvlm_export.specs import Array, Precision
+
+# Tokens of a prompt that is made up: as many as a templated question of a dozen words has.
+_RANDOM_TEXT = 24
+
+
+def visual_feeds(pixels: Array, guides: Sequence[Rows], budget: int) -> dict[str, Array]:
+    """Return the inputs of the visual graph.
+
+    Args:
+        pixels: float32 ``[batch, 3, H, W]``.
+        guides: per image the text rows ``[L_i, D]`` that guide its selection, in the graph's dtype.
+        budget: visual tokens to keep per image.
+    """
+    text_embeds, text_mask = pad_text(guides)
+    return {
+        "pixel_values": pixels,
+        "text_embeds": text_embeds,
+        "text_mask": text_mask,
+        "budget": np.array(budget, np.int64),
+    }
+
+
+class GraphInputs:
+    """Makes the inputs of one image and one question.
+
+    Args:
+        bundle: an opened bundle.
+
+    Raises:
+        BundleError: if its tokenizer, embedding table or preprocessor cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
+        self._preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
+        self._prompts: PromptBuilder | None = None
+        if bundle.manifest.prompt is not None:
+            template = bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")
+            self._prompts = PromptBuilder(bundle.file(TOKENIZER), template, bundle.manifest.prompt)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether questions can be put into words; otherwise text is seeded rows of the embedding table."""
+        return self._prompts is not None
+
+    def text_rows(self, question: str, precision: Precision) -> Rows:
+        """Return the embeddings ``[L, D]`` of the whole templated prompt without its image placeholder.
+
+        Raises:
+            PromptError: if the question is empty or holds a placeholder.
+            UsageError: if the bundle has no tokenizer.
+        """
+        if self._prompts is None:
+            raise UsageError(
+                "the bundle cannot read questions: it has no tokenizer",
+                received=repr(question),
+                expected="a bundle exported from a checkpoint with a tokenizer",
+                hint="leave the prompts out: random rows of the embedding table stand in for them",
+            )
+        return self._embeddings.lookup(self._prompts.chat(question).text_ids("prompt"), precision.float_dtype)
+
+    def random_text_rows(self, seed: int, precision: Precision) -> Rows:
+        """Return ``[24, D]`` rows of the embedding table, the same ones for the same ``seed``."""
+        ids = np.random.default_rng(seed).integers(0, self._embeddings.vocab_size, _RANDOM_TEXT)
+        return self._embeddings.lookup(ids, precision.float_dtype)
+
+    def feeds(self, image: ImageSource, text_rows: Rows, budget: int) -> dict[str, Array]:
+        """Return the graph's inputs, of batch 1.
+
+        Raises:
+            ImageError: if the image cannot be read.
+        """
+        return visual_feeds(self._preprocess([load_image(image)]), [text_rows], budget)
