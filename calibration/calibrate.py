@@ -256,6 +256,7 @@ class _Calibration:
             progress=self.progress,
         )
         print_table(found, self.progress)
+        found.require_tolerance()
         return found
 
     def _stage(self, ranges: Ranges, sensitivity: Sensitivity) -> Path:
@@ -287,10 +288,7 @@ class _Calibration:
         likeness = compare(wanted, shipped_readings(file, wanted, samples), self.important)
         reference_bytes = weight_bytes(structure.graph) * (1 if precision is Precision.FP32 else 2)
         ratio = (census.int8_weight_bytes + census.float_weight_bytes) / reference_bytes
-        self.progress.note(
-            f"cosine {likeness.cosine:.4f}, IoU {likeness.iou:.3f} at budget {self.settings.budget}, important part "
-            f"{likeness.important_iou:.3f}, coverage {likeness.coverage:.3f}; weights {ratio:.3f} of fp32"
-        )
+        self.progress.note(f"at budget {self.settings.budget}: {likeness}; weights {ratio:.3f} of fp32's bytes")
         used = (self.settings.tolerance or Tolerance(0.0, 0.0, 0.0)).used(likeness, whole_set=self.whole_set)
         if used > 1.0:
             self.progress.note(

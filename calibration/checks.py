@@ -2,7 +2,7 @@
 
 1. ``onnx.checker`` with shape inference.
 2. Census: as many products read int8 as were meant to; their weights are stored as int8; no Q/DQ node lies in
-   selection, whose floating-point values are float32.
+   selection, whose floating-point values are float32, and nothing but matrix products reads INT8.
 3. Numbers: the file that ships against the floating-point graph, on images that did not set the ranges.
 """
 
@@ -23,6 +23,7 @@ from flashvlm_export.errors import CalibrationError
 from flashvlm_export.specs import VISUAL_OUTPUTS
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+_PRODUCTS = ("MatMul", "Gemm")
 _BYTES = {
     onnx.TensorProto.INT8: 1,
     onnx.TensorProto.FLOAT16: 2,
@@ -75,20 +76,31 @@ def take_census(graph: onnx.GraphProto) -> Census:
     """Return the census of a graph whose value types are inferred.
 
     Raises:
-        CalibrationError: if selection is not float32 throughout, or has a Q/DQ node in it.
+        CalibrationError: if selection is not float32 throughout or has a Q/DQ node in it, or if something other than a
+            matrix product reads INT8.
     """
     stored = {tensor.name: tensor for tensor in graph.initializer}
     dequantised = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
     quantised = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     int8, in_float = 0, 0
     for node in graph.node:
-        if node.op_type in ("MatMul", "Gemm"):
+        if node.op_type in _PRODUCTS:
             sources = [dequantised[name].input[0] for name in node.input[:2] if name in dequantised]
             weights = [name for name in sources if name in stored and stored[name].data_type == onnx.TensorProto.INT8]
             int8 += len(weights) == 1 and len(quantised.intersection(sources)) == 1
             in_float += node.input[1] in stored
     selection = _selection_nodes(graph)
     _require_float32(graph, selection)
+    strays = [
+        node.name for node in graph.node if node.op_type not in _PRODUCTS and dequantised.keys() & set(node.input)
+    ]
+    if strays:
+        raise CalibrationError(
+            "INT8 is read outside of the matrix products",
+            received=", ".join(strays),
+            expected="residuals, LayerNorm and selection in floating point",
+            hint="report this with the versions of onnx and onnxruntime in use",
+        )
     sizes = dict.fromkeys(_BYTES, 0)
     for tensor in graph.initializer:
         if tensor.data_type in sizes:

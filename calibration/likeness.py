@@ -33,6 +33,12 @@ class Likeness:
     important_iou: float
     coverage: float
 
+    def __str__(self) -> str:
+        return (
+            f"cosine {self.cosine:.4f}, IoU {self.iou:.3f}, important part {self.important_iou:.3f}, "
+            f"coverage {self.coverage:.3f}"
+        )
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -48,6 +54,9 @@ class Tolerance:
     cosine: float = 0.99
     iou: float = 0.90
     coverage: float = 0.97
+
+    def __str__(self) -> str:
+        return f"cosine {self.cosine}, IoU {self.iou}, coverage {self.coverage}"
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -64,18 +64,29 @@ def qdq_from_fp16(source: Path, products: Sequence[Product], tensors: dict[str, 
 def partly_quantised(
     full: onnx.ModelProto, original: onnx.ModelProto, products: Sequence[Product], quantised: Collection[str]
 ) -> onnx.ModelProto:
-    """Return ``full`` with the products whose nodes are not among ``quantised`` as they are in ``original``.
+    """Return ``full`` with INT8 in the products whose nodes are among ``quantised``, and nowhere else.
 
-    Weights stay in the files that both models refer to.
+    ONNX Runtime lets every reader of a quantised activation read its INT8 form: residuals, LayerNorm and selection,
+    which take patch features from what the projector reads, would be rounded too. They get the values of ``original``
+    back. Weights stay in the files that both models refer to.
     """
     model = onnx.ModelProto()
     model.CopyFrom(full)
-    back = {product.node: product for product in products if product.node not in quantised}
+    quantisers = {node.output[0]: node.input[0] for node in full.graph.node if node.op_type == "QuantizeLinear"}
+    floats = {
+        node.output[0]: quantisers[node.input[0]]
+        for node in full.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantisers
+    }
+    by_node = {product.node: product for product in products}
     for node in model.graph.node:
-        if node.name in back:
-            node.input[0], node.input[1] = back[node.name].activation, back[node.name].weight
+        if node.name not in quantised:
+            for position, name in enumerate(node.input):
+                node.input[position] = floats.get(name, name)
+            if node.name in by_node:
+                node.input[1] = by_node[node.name].weight
     known = {tensor.name for tensor in model.graph.initializer}
-    wanted = {product.weight for product in back.values()} - known
+    wanted = {product.weight for product in products if product.node not in quantised} - known
     model.graph.initializer.extend(tensor for tensor in original.graph.initializer if tensor.name in wanted)
     _drop_unused(model.graph)
     return model

@@ -125,7 +125,8 @@ def _save(file: Path, key: str, done: int, observer: Observer) -> None:
 def _resume(file: Path, key: str, observer: Observer) -> int:
     """Restore ``observer`` from ``file`` if it was written for the same ``key``; return the number of images done."""
     try:
-        with np.load(file) as arrays:
+        # Opened here, because NumPy leaves a file open that turns out not to be an archive.
+        with file.open("rb") as stream, np.load(stream) as arrays:
             if str(arrays["key"]) != key:
                 return 0
             prefix = "tensor/"

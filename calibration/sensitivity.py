@@ -23,6 +23,7 @@ Measure = Callable[[Sequence[Layer]], Likeness]
 
 # At least this share of the weights has to become INT8, or the graph is not worth its name.
 _LEAST_QUANTISED = 0.5
+_WHOLE_SET, _PARTS = "kept set", "important part and coverage"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ class Sensitivity:
         """Names of the layers that stay in float16."""
         return [effect.layer for effect in self.layers if effect.excluded]
 
+    def require_tolerance(self) -> None:
+        """Raise :class:`CalibrationError` if the tolerance does not hold, with the figures."""
+        if self.tolerance.used(self.chosen, whole_set=self.judged_on == _WHOLE_SET) <= 1.0:
+            return
+        raise CalibrationError(
+            "INT8 does not come within the tolerance",
+            received=f"all layers: {self.everything}; without the worst {len(self.excluded)} of {len(self.layers)}: "
+            f"{self.chosen}",
+            expected=f"{self.tolerance}, judged on the {self.judged_on}, with at least half of the weights in INT8",
+            hint="calibrate with more images like those of use, try another --method, loosen it with --tolerance "
+            "(none = take what comes), or stay with fp16",
+        )
+
 
 def most_runs(layers: int, images: int) -> int:
     """Return how many graph runs :func:`analyse` takes at most, those of the reference included."""
@@ -102,8 +116,9 @@ def analyse(
         images: for the table.
         progress: shows a bar.
 
-    Raises:
-        CalibrationError: if the tolerance does not hold even with half of the weights in float16.
+    Returns:
+        The table; :meth:`Sensitivity.require_tolerance` says whether the tolerance could be held with at least half of
+        the weights in INT8.
     """
     graphs = 0
 
@@ -125,9 +140,7 @@ def analyse(
         low, high = 1, _most_excluded(order)  # the fewest that do lie in low..high, if any do
         chosen, left_out = (measure(order[high:]) if high else everything), high
         graphs += 1
-        if used(chosen) > 1.0:
-            raise _out_of_reach(tolerance, everything, chosen, high, len(order))
-        while low < high:
+        while used(chosen) <= 1.0 and low < high:
             middle = (low + high) // 2
             tried = measure(order[middle:])
             graphs += 1
@@ -146,7 +159,7 @@ def analyse(
         )
         for position, (layer, likeness) in enumerate(ranked)
     ]
-    judged_on = "kept set" if whole_set else "important part and coverage"
+    judged_on = _WHOLE_SET if whole_set else _PARTS
     runs = (graphs + 1) * len(images)
     return Sensitivity(tolerance, judged_on, budget, list(images), runs, everything, chosen, effects)
 
@@ -160,18 +173,3 @@ def _most_excluded(order: Sequence[Layer]) -> int:
             break
         count += 1
     return count
-
-
-def _out_of_reach(
-    tolerance: Tolerance, everything: Likeness, best: Likeness, count: int, layers: int
-) -> CalibrationError:
-    return CalibrationError(
-        "INT8 does not come within the tolerance",
-        received=f"all layers: cosine {everything.cosine:.4f}, IoU {everything.iou:.3f}, important "
-        f"{everything.important_iou:.3f}, coverage {everything.coverage:.3f}; without the worst {count} of {layers}: "
-        f"{best.cosine:.4f}, {best.iou:.3f}, {best.important_iou:.3f}, {best.coverage:.3f}",
-        expected=f"cosine {tolerance.cosine}, IoU {tolerance.iou}, coverage {tolerance.coverage} "
-        "with at least half of the weights in INT8",
-        hint="calibrate with more images like those of use, try another --method, loosen it with --tolerance "
-        "(none = take what comes), or stay with fp16",
-    )

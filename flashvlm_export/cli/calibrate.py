@@ -49,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance",
         metavar="LIST",
-        default="cosine=0.99,iou=0.9,coverage=0.97",
-        help="what must hold against the float graph; the worst layers stay in float16 until it does; none = no layer",
+        default="auto",
+        help="what must hold against the float graph, or the worst layers stay in float16 until it does; auto = "
+        "cosine=0.99,iou=0.9,coverage=0.97, the cosine alone with random weights; none = every layer becomes INT8",
     )
     parser.add_argument(
         "--budget",
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     settings = CalibrationSettings(
         method=args.method,
         percentile=args.percentile,
-        tolerance=_tolerance(args.tolerance),
+        tolerance=_tolerance(args.tolerance, bundle),
         budget=default_budget(bundle) if args.budget is None else args.budget,
         most_layers=args.max_layers,
         sensitivity_images=args.sensitivity_images,
@@ -173,9 +174,12 @@ def _samples(
     return [sample(number, path) for number, path in enumerate(good)], skipped
 
 
-def _tolerance(text: str) -> Tolerance | None:
+def _tolerance(text: str, bundle: Bundle) -> Tolerance | None:
     from flashvlm_export.calibration.likeness import Tolerance
 
+    if text == "auto":
+        # What an untrained model keeps hangs on rounding: its scores lie as close together as its features.
+        return Tolerance(iou=0.0, coverage=0.0) if bundle.manifest.source.weights.startswith("random") else Tolerance()
     if text == "none":
         return None
     names = [field.name for field in fields(Tolerance)]
@@ -190,6 +194,6 @@ def _tolerance(text: str) -> Tolerance | None:
             raise ConfigError(
                 "not a tolerance",
                 received=repr(text),
-                expected=f"none, or {', '.join(f'{name}=0..1' for name in names)}, each at most once",
+                expected=f"auto, none, or {', '.join(f'{name}=0..1' for name in names)}, each at most once",
             ) from None
     return Tolerance(**values)
