@@ -2,6 +2,7 @@
 
 - ``models.py``   what can be exported
 - ``export.py``   checkpoint → bundle
+- ``calibrate.py``  photographs → INT8 graph
 - ``run.py``      images and questions → answers
 - ``inspect.py``  what a bundle holds, and whether it is whole
 - ``output.py``   one JSON object for machines, text for people
@@ -14,11 +15,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import export, inspect, models
+from flashvlm_export.cli import calibrate, export, inspect, models
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, export, run_, inspect)
+_VERBS = (models, export, calibrate, run_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
