@@ -61,7 +61,8 @@ class Graph:
                 hint="check the bundle: flashvlm inspect BUNDLE --verify",
             ) from error
         self.outputs = [output.name for output in self._session.get_outputs()]
-        self._float_dtype = np.float16 if self._session.get_inputs()[1].type == "tensor(float16)" else np.float32
+        types = {given.name: given.type for given in self._session.get_inputs()}
+        self._float_dtype = np.float16 if types.get("text_embeds") == "tensor(float16)" else np.float32
 
     def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, Array]:
         """Return outputs by name; ``text_embeds`` may come in another precision than the graph's."""

@@ -6,6 +6,10 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -350,3 +354,23 @@ def test_a_bundle_that_is_being_written_is_refused(bundle: Path, photos: Path, c
         assert exit_code(bundle, "--images", photos) == 1
     assert "another process is writing" in capsys.readouterr().err
     assert content(bundle) == before
+
+
+def test_a_killed_run_leaves_an_openable_bundle_and_is_resumed(
+    bundle: Path, photos: Path, calibrated: Calibrated, capsys: pytest.CaptureFixture
+) -> None:
+    """Really killed, so that nothing cleans up behind it."""
+    state = bundle / ".calibration" / "ranges.partial.npz"
+    command = [sys.executable, "-m", "flashvlm_export", "calibrate", str(bundle), "--images", str(photos), *NONE]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not state.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        running.kill()
+    assert running.returncode == -signal.SIGKILL
+    assert set(Bundle.open(bundle, verify=True).manifest.graphs) == {"fp32", "fp16"}
+    assert state.exists()
+    calibrate(bundle, "--images", photos, *NONE)
+    assert "resumed behind image" in capsys.readouterr().err
+    assert hashes(bundle) == hashes(calibrated[0])
+    assert not [file for file in bundle.iterdir() if file.name.startswith(".")]
