@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 MODEL ?= llava-1.5-7b
 WEIGHTS ?= auto
+PRECISION ?= fp16
 BUNDLE ?= build/$(MODEL)
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes test-gpu onnx bench bench-export bench-start clean
+.PHONY: help install demo test check lint types unit runtime-lanes test-gpu onnx engine bench bench-export bench-start clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -60,6 +61,13 @@ test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fail
 
 onnx: $(VENV)/installed ## export MODEL (WEIGHTS=auto|DIR|random) to BUNDLE
 	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
+
+# PRECISION=fp16|int8; TARGET: a row of flashvlm build --help, without it the GPU at hand. A bundle that stands is used.
+engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated first where needed (PRECISION, TARGET)
+	test -f $(BUNDLE)/manifest.json || \
+	  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) --precision fp16
+	test $(PRECISION) != int8 || test -f $(BUNDLE)/visual.int8.onnx || $(BIN)/flashvlm calibrate $(BUNDLE)
+	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --overwrite
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py

@@ -42,7 +42,7 @@ _SAMPLE_S = 0.02
 _LOAD = (
     "import sys, torch; from transformers import LlavaForConditionalGeneration as Model; "
     "model = Model.from_pretrained(sys.argv[1], dtype=torch.float16, local_files_only=True); "
-    "assert all(p.device.type == 'cpu' and p.abs().max() > 0 for p in model.parameters())"
+    "assert all(p.device.type == 'cpu' and p.amax().isfinite() for p in model.parameters())"
 )
 
 
@@ -210,7 +210,7 @@ def measure(args: argparse.Namespace, checkpoint: Path, work: Path) -> tuple[dic
     if args.transformers:
         say("running transformers' from_pretrained")
         load = Watched([sys.executable, "-c", _LOAD, str(checkpoint)])
-        results["transformers from_pretrained, weights touched"] = load.as_json()
+        results["from_pretrained, every weight read"] = load.as_json()
         if load.returncode != 0:
             problems.append(f"transformers: exit code {load.returncode}\n{load.message}")
     return results, problems

@@ -106,7 +106,8 @@ def compare(
     print(f"  answer from all tokens:      {'the same' if reference_all == all_ids else 'DIFFERENT'} token ids")
     print(
         f"  encoder and projector in PyTorch {seconds['PyTorch'] * 1e3:.1f} ms; "
-        f"with selection in the graph {seconds['graph'] * 1e3:.1f} ms"
+        f"with selection in the graph {seconds['graph'] * 1e3:.1f} ms\n"
+        "  (a toy model: benchmarks/results has the ratio at full size)"
     )
 
 

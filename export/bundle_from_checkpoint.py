@@ -16,10 +16,11 @@ from flashvlm_export.bundle import MANIFEST, PREPROCESSOR, TEXT_EMBEDDINGS, Bund
 from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, FlashVLMError, StorageError
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.export.checks import check_graph
+from flashvlm_export.export.engine_check import check_engine_builds
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
-from flashvlm_export.export.rtx import rtx_available, timed_rtx_check
+from flashvlm_export.export.tensorrt_api import is_installed
 from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
@@ -159,22 +160,28 @@ def _check_settings(settings: ExportSettings) -> None:
             "an INT8 graph is not exported but calibrated",
             received="int8",
             expected="fp32, fp16",
+            hint="export fp16, then: flashvlm calibrate BUNDLE",
         )
-    if settings.engine_check == "required" and not rtx_available():
+    if settings.engine_check == "required" and not is_installed("tensorrt-rtx"):
         raise DependencyError(
-            "the engine check needs TensorRT-RTX", hint="pip install 'flashvlm-export[rtx]', or --engine-check auto"
+            "the engine check needs TensorRT-RTX", hint="in a clone: pip install '.[rtx]', or use --engine-check auto"
         )
     with storage_errors(settings.output):
         is_taken = settings.output.exists()
         # A damaged bundle may be replaced, another program's directory never: those have a manifest.json too.
-        is_bundle = (settings.output / MANIFEST).is_file() and any(settings.output.glob("visual.*.onnx"))
+        manifest = settings.output / MANIFEST
+        is_bundle = manifest.is_file() and (
+            b'"schema_version"' in manifest.read_bytes() or (settings.output / TEXT_EMBEDDINGS).is_file()
+        )
         is_empty = settings.output.is_dir() and not any(settings.output.iterdir())
     if is_taken and not is_empty and not (is_bundle and settings.overwrite):
         raise StorageError(
             "the output path is taken",
             received=f"{settings.output} ({'a bundle' if is_bundle else 'not a bundle'})",
             expected="a new path, an empty directory, or a bundle together with --overwrite",
-            hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}",
+            hint=f"add --overwrite to replace it once the new one is whole, or remove {settings.output}"
+            if is_bundle
+            else "choose another path",
         )
 
 
@@ -225,7 +232,9 @@ def _print_settings(
     progress.note(f"precisions   {', '.join(precision.value for precision in settings.precisions)}")
     progress.note(f"selector     {settings.selector} {asdict(config)}")
     progress.note(f"decoder      {decoder}")
-    progress.note(f"engine check {settings.engine_check} (TensorRT-RTX {'' if rtx_available() else 'not '}installed)")
+    progress.note(
+        f"engine check {settings.engine_check} (TensorRT-RTX {'' if is_installed('tensorrt-rtx') else 'not '}installed)"
+    )
     named = find_model(settings.model)
     if named is None and settings.weights != "auto":
         progress.note(
@@ -278,11 +287,13 @@ def _write_graph(
         f"{report.exact_rows + report.tied_rows} images, {report.tied_rows} decided by a tie"
     )
     checks: dict[str, Any] = {"parity": asdict(report)}
-    if engine_check == "off" or not rtx_available():
-        progress.note(f"not compiled with TensorRT-RTX ({'switched off' if rtx_available() else 'not installed'})")
+    if engine_check == "off" or not is_installed("tensorrt-rtx"):
+        progress.note(
+            f"not compiled with TensorRT-RTX ({'switched off' if is_installed('tensorrt-rtx') else 'not installed'})"
+        )
     else:
         progress.step(f"visual graph {precision.value}: compile with TensorRT-RTX")
-        checks["tensorrt_rtx"] = timed_rtx_check(graph.file, inputs.spec)
+        checks["tensorrt_rtx"] = check_engine_builds(graph.file, inputs.spec)
     return GraphEntry(graph.file.name, inputs.spec), checks
 
 

@@ -138,7 +138,7 @@ def _require_builder() -> None:
         raise DependencyError(
             "exporting the language model needs onnxruntime-genai's model builder",
             received=f"not installed: {', '.join(missing)}",
-            hint="pip install 'flashvlm-export[llm]', or leave the decoder out: --decoder none",
+            hint="in a clone of flashvlm-export: pip install '.[llm]'; or leave the decoder out: --decoder none",
         )
 
 
@@ -218,7 +218,7 @@ def _write_checkpoint(directory: Path, config: Any, tensors: Iterable[tuple[str,
             raise StorageError(
                 "the text weights cannot be laid out for the model builder",
                 received=f"{error} while writing {directory}",
-                hint="free some space, or write to another disk",
+                expected="a disk with room for a second copy of them",
             ) from error
         weight_map.update(dict.fromkeys(shard, file))
         shard.clear()
@@ -273,7 +273,6 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 def _run_builder(checkpoint: Path, built: Path, precision: str) -> None:
-    # ``-m`` puts the working directory on the import path: one without modules.
     done = run_child(
         "onnxruntime_genai.models.builder",
         *("--input", checkpoint, "--output", built, "--precision", precision),
@@ -287,11 +286,11 @@ def _run_builder(checkpoint: Path, built: Path, precision: str) -> None:
     killed = done.returncode < 0
     raise ExportError(
         "onnxruntime-genai's model builder failed",
-        received="\n    ".join([f"exit code {done.returncode}; its last lines:", *done.lines[-8:]]),
+        received=done.tail,
         expected=f"a decoder in {precision}",
         hint="the builder holds all text weights in memory: free some, or use a machine with more"
         if killed
-        else "pip install --upgrade 'flashvlm-export[llm]', or export with --decoder none",
+        else "pip install --upgrade onnxruntime-genai, or export with --decoder none",
     )
 
 
@@ -310,5 +309,5 @@ def _check_graph(file: Path, config: Any, entry: DecoderEntry) -> None:
             received=f"inputs {', '.join(f'{name}{shape}' for name, shape in shapes.items())}",
             expected=f"inputs_embeds of width {config.hidden_size} and {entry.num_layers} layers of KV cache with "
             f"{entry.num_kv_heads} heads",
-            hint="pip install --upgrade 'flashvlm-export[llm]'",
+            hint="pip install --upgrade onnxruntime-genai",
         )

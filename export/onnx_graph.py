@@ -65,7 +65,6 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
     for weight in model.graph.initializers.values():
         # onnxscript's rewrite rules, which live as long as the process, remember the last graph that they matched.
         weight.const_value = None
-    del model.graph.outputs[len(VISUAL_OUTPUTS) :]
     shipped = onnx.load(probe, load_external_data=False)
     del shipped.graph.output[len(VISUAL_OUTPUTS) :]
     onnx.save(shipped, file)
@@ -97,6 +96,8 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
             )
     except Exception as error:
         interrupts.check()
+        if _was_interrupted(error):
+            raise KeyboardInterrupt from error
         raise ExportError(
             "torch could not turn the visual graph into ONNX",
             received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
@@ -106,3 +107,10 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
     interrupts.check()
     model: ir.Model = exported.model
     return model
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C began it, where this is a library and Python's own handler raised it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -5,6 +5,11 @@
 - ``manifest.py``   the contract of the bundle, ``manifest.json``
 - ``bundle.py``     opening and checking a bundle
 - ``files.py``      atomic writes, hashes, disk space
+- ``targets.py``    devices that engines are built for
+- ``profiles.py``   ranges of batch, text length and budget of an engine
+- ``engines.py``    engines of a bundle and their sidecars
+- ``interrupts.py`` Ctrl-C and SIGTERM inside of libraries that swallow them
+- ``progress.py``   steps and bars on standard error
 - ``selection/``    selectors: settings, NumPy definition, torch module
 - ``models/``       registry and adapters, one per architecture
 - ``cli/``          the ``flashvlm`` command

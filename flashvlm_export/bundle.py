@@ -57,7 +57,9 @@ class Bundle:
                 "there is no bundle at this path",
                 received=f"{path} ({_reason(path)})",
                 expected="a directory written by flashvlm export",
-                hint=f"flashvlm export MODEL --output {path}; if a bundle stood there, remove the directory first",
+                hint=f"this is a checkpoint; export it: flashvlm export {path} --output BUNDLE"
+                if (path / "config.json").is_file()
+                else "give the directory that flashvlm export wrote, or write one: flashvlm export MODEL --output BUNDLE",
             )
         bundle = cls(path, decode_manifest((path / MANIFEST).read_bytes()))
         bundle._check_files(verify)
@@ -83,7 +85,7 @@ class Bundle:
                 expected=f"one of {', '.join(self.manifest.graphs)}",
                 hint=f"flashvlm calibrate {self.path}"
                 if precision is Precision.INT8
-                else f"{self._export_again()} --precision {precision.value}",
+                else f"{self._export_again()} --precision {','.join([*self.manifest.graphs, precision.value])}",
             )
         return self.file(entry.file)
 

@@ -7,15 +7,24 @@ interrupted, and asks after such a call.
 from __future__ import annotations
 
 import signal
+import threading
 from types import FrameType
 
 _interrupted = False
 
 
 def install() -> None:
-    """Let Ctrl-C, and what service managers and containers send to stop a process, raise KeyboardInterrupt."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    """Let Ctrl-C, and what service managers and containers send to stop a process, raise KeyboardInterrupt.
+
+    A signal that the process was started to ignore, as a shell does for its background jobs, stays ignored. Only the
+    main thread may set handlers; elsewhere this does nothing.
+    """
+    global _interrupted
+    _interrupted = False
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _interrupt)
 
 
 def check() -> None:

@@ -103,6 +103,7 @@ class Pipeline:
                 "the bundle takes no questions: it has no tokenizer",
                 received=f"{bundle.path}, exported from {bundle.manifest.source.weights}",
                 expected="a bundle exported from a checkpoint with a tokenizer",
+                hint="put tokenizer.json beside the weights and export again; a bundle of random weights is for sizing",
             )
         self.bundle = bundle
         self.session = session

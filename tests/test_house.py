@@ -27,7 +27,7 @@ ALLOWED = {
     "cli": set(),
     "export": {
         "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai",
-        "safetensors", "huggingface_hub", "tensorrt_rtx",
+        "safetensors", "huggingface_hub", "cuda",
     },
     "calibration": {"onnx", "onnxruntime"},
     "runtime": {"onnxruntime"},

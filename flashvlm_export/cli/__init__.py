@@ -2,7 +2,8 @@
 
 - ``models.py``   what can be exported
 - ``export.py``   checkpoint → bundle
-- ``calibrate.py``  photographs → INT8 graph
+- ``calibrate.py`` photographs → INT8 graph
+- ``build.py``    bundle → engine
 - ``run.py``      images and questions → answers
 - ``inspect.py``  what a bundle holds, and whether it is whole
 - ``output.py``   one JSON object for machines, text for people
@@ -15,16 +16,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import calibrate, export, inspect, models
+from flashvlm_export.cli import build, calibrate, export, inspect, models
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, export, calibrate, run_, inspect)
+_VERBS = (models, export, calibrate, build, run_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, []) or not action.option_strings:
+        # Compared as objects: a default of 0 is one that people want to see.
+        if any(action.default is none for none in (None, False)) or action.default == [] or not action.option_strings:
             return action.help
         return super()._get_help_string(action)
 
@@ -52,13 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted)."""
-    interrupts.install()
     parsed = build_parser().parse_args(arguments)
     return run_verb(f"flashvlm {parsed.verb}", parsed.run, parsed)
 
 
 def run_verb(name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run one verb and return its exit code; errors raised on purpose become one message on standard error."""
+    interrupts.install()
     try:
         run(args)
     except FlashVLMError as error:

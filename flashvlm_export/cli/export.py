@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         raise DependencyError(
             "exporting needs packages that are not installed",
             received=str(error),
-            hint="pip install 'flashvlm-export[export,llm]'",
+            hint="in a clone of flashvlm-export: pip install '.[export,llm]'",
         ) from error
     settings = ExportSettings(
         model=args.model,

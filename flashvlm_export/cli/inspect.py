@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
 from pathlib import Path
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.engines import check_engine, list_engines
+from flashvlm_export.profiles import format_profile
 from flashvlm_export.specs import TensorSpec
 
 
@@ -21,9 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Open the bundle and print its manifest."""
     bundle = Bundle.open(args.bundle, verify=args.verify)
-    manifest = bundle.manifest
+    manifest, engines = bundle.manifest, list_engines(bundle)
+    for engine in engines:
+        check_engine(bundle, engine)
     if args.json:
-        print_json({"bundle": str(bundle.path), "verified": bool(args.verify), "manifest": manifest})
+        print_json(
+            {
+                "bundle": str(bundle.path),
+                "verified": bool(args.verify),
+                "manifest": manifest,
+                "engines": [engine.entry for engine in engines],
+            }
+        )
         return
     say, dims = talk(False), manifest.dims
     say(f"{bundle.path}: whole" + (", every hash verified" if args.verify else ""))
@@ -44,9 +56,27 @@ def run(args: argparse.Namespace) -> None:
             say(f"    {dim.name}: {dim.min} to {dim.max}, optimised for {dim.opt}")
         for check, measured in manifest.checks.get(name, {}).items():
             say(f"    {check}: " + ", ".join(f"{key} {value:.3g}" for key, value in measured.items()))
-    for name, entry in sorted(manifest.files.items()):
-        say(f"  {entry.size_bytes / 1e6:10.2f} MB  {name}")
+    for engine in engines:
+        entry = engine.entry
+        say(f"  engine {entry.target} {entry.precision}: {engine.file.relative_to(bundle.path)}")
+        say(
+            f"    {entry.backend} {entry.backend_version}, {entry.size_bytes / 1e6:.1f} MB, built in {entry.build_s:.0f} s"
+        )
+        if entry.compute_capabilities:
+            say(f"    compute capability {', '.join(entry.compute_capabilities)}")
+        for profile in entry.profiles:
+            say(f"    profile {format_profile(tuple(profile))}")
+        say("    layer outputs by dtype: " + _by_dtype(entry.census))
+    for name, file in sorted(manifest.files.items()):
+        say(f"  {file.size_bytes / 1e6:10.2f} MB  {name}")
     say("  written by " + ", ".join(f"{name} {version}" for name, version in manifest.tools.items()))
+
+
+def _by_dtype(census: dict[str, int]) -> str:
+    counts: collections.Counter[str] = collections.Counter()
+    for name, count in census.items():
+        counts[name.rpartition(" ")[2]] += count
+    return ", ".join(f"{dtype} {count}" for dtype, count in counts.most_common())
 
 
 def _tensor(tensor: TensorSpec) -> str:

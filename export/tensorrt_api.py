@@ -1,0 +1,135 @@
+"""Where TensorRT 10.3 to 11 and TensorRT-RTX differ for us; everything else uses what they have in common.
+
+- The package is ``tensorrt`` or ``tensorrt_rtx``.
+- ``NetworkDefinitionCreationFlag.STRONGLY_TYPED`` is bit 1 in TensorRT 10 and bit 0 in 11 and in TensorRT-RTX, which
+  know no other networks.
+- TensorRT builds for the GPU that it finds. TensorRT-RTX compiles ahead of time for a list of architectures.
+- TensorRT-RTX times no kernels while it builds: its timing cache does nothing and is deprecated.
+- TensorRT-RTX refits with ``REFIT``, TensorRT with ``REFIT_IDENTICAL`` too.
+- ``HardwareCompatibilityLevel`` and ``VERSION_COMPATIBLE`` belong to TensorRT; TensorRT-RTX has the names and no use
+  for them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flashvlm_export.errors import ConfigError, DependencyError, ExportError
+from flashvlm_export.targets import RTX_CAPABILITIES, Capability, format_capability
+
+Backend = Literal["tensorrt", "tensorrt-rtx"]
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
+
+
+def is_installed(backend: Backend) -> bool:
+    """Return whether the backend's package is there; nothing is imported."""
+    return importlib.util.find_spec(_MODULES[backend]) is not None
+
+
+def load(backend: Backend) -> Any:
+    """Return the module of ``backend``.
+
+    Raises:
+        DependencyError: if it is not installed or its libraries do not load.
+    """
+    try:
+        return importlib.import_module(_MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise DependencyError(
+            f"{backend} cannot be loaded",
+            received=f"{type(error).__name__}: {error}",
+            expected=f"the package {_MODULES[backend]}",
+            hint=f"in a clone of flashvlm-export: pip install '.[{_EXTRAS[backend]}]'; on a Jetson, TensorRT comes with JetPack: create "
+            "the environment with --system-site-packages",
+        ) from error
+
+
+def create_network(trt: Any, builder: Any) -> Any:
+    """Return an empty strongly typed network: precision comes from the graph and nothing else."""
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+
+
+def set_capabilities(trt: Any, config: Any, backend: Backend, capabilities: Sequence[Capability]) -> None:
+    """Tell TensorRT-RTX which architectures to compile for; TensorRT builds for the GPU at hand.
+
+    Raises:
+        ConfigError: if TensorRT-RTX cannot compile for one of them.
+    """
+    if backend == "tensorrt":
+        return
+    config.num_compute_capabilities = len(capabilities)
+    for index, capability in enumerate(capabilities):
+        name = "SM{}{}".format(*capability)
+        if not hasattr(trt.ComputeCapability, name):
+            raise ConfigError(
+                "TensorRT-RTX does not compile for this GPU",
+                received=f"compute capability {format_capability(capability)}",
+                expected=", ".join(map(format_capability, RTX_CAPABILITIES)),
+            )
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+
+
+def set_compatibility(trt: Any, config: Any, backend: Backend, *, version: bool, hardware: bool) -> None:
+    """Switch on version and hardware compatibility.
+
+    Raises:
+        ConfigError: with TensorRT-RTX, whose engines are portable as they are, or on a Jetson, where TensorRT has no
+            hardware compatibility.
+    """
+    if backend == "tensorrt-rtx" and (version or hardware):
+        raise ConfigError(
+            "TensorRT-RTX has no compatibility modes",
+            received=", ".join(name for name, on in (("version", version), ("hardware", hardware)) if on),
+            expected="neither: list the architectures with --target",
+        )
+    if hardware and platform.machine() == "aarch64":
+        raise ConfigError("TensorRT has no hardware compatibility on a Jetson", expected="an engine for each device")
+    if version:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if hardware:
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def strip_weights(trt: Any, config: Any, backend: Backend) -> None:
+    """Leave the weights out of the engine, to be refitted from the ONNX file."""
+    config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+    # Refitted with the same weights, TensorRT keeps all of its optimisations.
+    config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL if backend == "tensorrt" else trt.BuilderFlag.REFIT)
+
+
+def set_timing_cache(config: Any, backend: Backend, content: bytes | None) -> None:
+    """Let a build start from the kernel timings of an earlier one, and record its own.
+
+    Raises:
+        ConfigError: if there is content and the backend has no use for it.
+    """
+    if backend == "tensorrt":
+        config.set_timing_cache(config.create_timing_cache(content or b""), False)
+    elif content is not None:
+        raise ConfigError("TensorRT-RTX has no timing cache", expected="a build without one")
+
+
+def get_timing_cache(config: Any, backend: Backend) -> bytes | None:
+    """Return the kernel timings after a build, where the backend keeps any."""
+    return bytes(config.get_timing_cache().serialize()) if backend == "tensorrt" else None
+
+
+def parse(trt: Any, network: Any, file: Path, logger: Any, backend: Backend) -> Any:
+    """Parse an ONNX file into ``network`` and return the parser, which owns the weights.
+
+    Raises:
+        ExportError: with the parser's messages.
+    """
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(str(file)):
+        messages = [str(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise ExportError(f"{backend} cannot parse {file.name}", received="; ".join(messages))
+    return parser

@@ -1,0 +1,192 @@
+"""Engines of a bundle: ``engines/<target>.<precision>.engine`` and the sidecar that says what each was built from.
+
+The sidecar is written last and carries the engine's hash, so that an engine that is half-written, edited, or built from
+another graph is known before anything loads it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.errors import BundleError
+from flashvlm_export.files import atomic_write, sha256_of
+from flashvlm_export.specs import DynamicDim, Precision
+
+ENGINES = "engines"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """How an engine is built.
+
+    Attributes:
+        workspace_bytes: most scratch memory on the GPU that a layer may ask for; ``None`` leaves all of it.
+        optimization_level: 0 (quickest build) to 5 (longest search).
+        version_compatible: runs on later TensorRT releases of the same major version, with a lean runtime inside.
+        hardware_compatible: runs on every GPU from Ampere on, slower than one built for it.
+        strip_weights: leave the weights out; they are put in from the ONNX file when the engine is opened.
+    """
+
+    workspace_bytes: int | None = None
+    optimization_level: int = 3
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    strip_weights: bool = False
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """Sidecar of one engine.
+
+    Attributes:
+        schema_version: of the sidecar; readers refuse a newer one.
+        target: row of the target table, or the name of the GPU it was built on.
+        backend: ``tensorrt`` or ``tensorrt-rtx``.
+        backend_version: of the library that built it.
+        compute_capabilities: GPUs it holds code for, such as ``8.7``.
+        precision: of the graph it was built from.
+        graph_sha256: over the graph and its weights, see :func:`graph_fingerprint`.
+        engine_sha256: of the engine file.
+        size_bytes: of the engine file.
+        profiles: one or more; each lists the ranges of ``batch``, ``text`` and ``budget``.
+        settings: how it was built.
+        build_s: seconds the build took.
+        peak_memory_bytes: largest resident memory of the building process.
+        census: outputs of layers by type and dtype, such as ``{"MATRIX_MULTIPLY INT8": 140}``.
+    """
+
+    schema_version: int
+    target: str
+    backend: str
+    backend_version: str
+    compute_capabilities: list[str]
+    precision: str
+    graph_sha256: str
+    engine_sha256: str
+    size_bytes: int
+    profiles: list[list[DynamicDim]]
+    settings: BuildSettings
+    build_s: float
+    peak_memory_bytes: int
+    census: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine file of a bundle and its sidecar."""
+
+    file: Path
+    entry: EngineEntry
+
+
+def engine_file(bundle: Bundle, target: str, precision: Precision) -> Path:
+    """Return where the engine for ``target`` belongs."""
+    return bundle.path / ENGINES / f"{target}.{precision.value}.engine"
+
+
+def graph_fingerprint(bundle: Bundle, precision: Precision) -> str:
+    """Return one hash over the ONNX file of ``precision`` and its weights, from the manifest.
+
+    Raises:
+        ConfigError: if the bundle has no such graph.
+    """
+    name = bundle.graph_file(precision).name
+    parts = [f"{file} {entry.sha256}" for file, entry in sorted(bundle.manifest.files.items()) if file.startswith(name)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def list_engines(bundle: Bundle) -> list[Engine]:
+    """Return the engines that have a sidecar, by name; files without one are leftovers of a killed build."""
+    sidecars = sorted((bundle.path / ENGINES).glob("*.engine.json"))
+    return [Engine(file.with_suffix(""), _read_entry(file)) for file in sidecars]
+
+
+def find_engine(bundle: Bundle, precision: Precision, target: str = "*", backend: str = "*") -> Engine:
+    """Return the one engine of ``bundle`` that fits.
+
+    Raises:
+        BundleError: if there is none or more than one, with the command that builds or chooses.
+    """
+    engines = list_engines(bundle)
+    fitting = [
+        engine
+        for engine in engines
+        if engine.entry.precision == precision.value
+        and fnmatch.fnmatch(engine.entry.target, target)
+        and fnmatch.fnmatch(engine.entry.backend, backend)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    raise BundleError(
+        "the bundle has no such engine" if not fitting else "several engines fit",
+        received=", ".join(f"{e.entry.target} {e.entry.precision} ({e.entry.backend})" for e in fitting or engines)
+        or f"{bundle.path} without engines",
+        expected=f"one engine in {precision.value}" + (f" for {target}" if target != "*" else ""),
+        hint="name one with --target" if fitting else build_command(bundle, precision.value, target),
+    )
+
+
+def check_engine(bundle: Bundle, engine: Engine) -> None:
+    """Raise :class:`BundleError` unless the file is the one that was built, from the graph that the bundle has now."""
+    entry = engine.entry
+    command = build_command(bundle, entry.precision, entry.target) + " --overwrite"
+    if not engine.file.is_file():
+        raise BundleError("the engine file is missing", received=engine.file, hint=command)
+    size = engine.file.stat().st_size
+    if size != entry.size_bytes or sha256_of(engine.file) != entry.engine_sha256:
+        raise BundleError(
+            "the engine file is damaged",
+            received=f"{engine.file}: {size} bytes",
+            expected=f"the {entry.size_bytes} bytes with the SHA-256 of its sidecar",
+            hint=f"build it again: {command}",
+        )
+    if entry.graph_sha256 != graph_fingerprint(bundle, Precision(entry.precision)):
+        raise BundleError(
+            "the engine was built from another graph than the bundle has now",
+            received=engine.file,
+            hint=f"build it again: {command}",
+        )
+
+
+def write_entry(engine: Path, entry: EngineEntry) -> None:
+    """Write the sidecar of ``engine`` atomically."""
+    with atomic_write(sidecar_of(engine)) as temporary:
+        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
+
+
+def sidecar_of(engine: Path) -> Path:
+    """Return the sidecar's path."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def build_command(bundle: Bundle, precision: str, target: str = "*") -> str:
+    """Return the command that builds an engine."""
+    return f"flashvlm build {bundle.path} --precision {precision}" + (f" --target {target}" if target != "*" else "")
+
+
+def _read_entry(file: Path) -> EngineEntry:
+    hint = "remove it, and build the engine again"
+    try:
+        content = file.read_bytes()
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                "the engine was built by a newer flashvlm-export",
+                received=f"{file}: schema version {version}",
+                expected=f"at most {SCHEMA_VERSION}",
+                hint="upgrade this package: pip install --upgrade flashvlm-export",
+            )
+        return msgspec.json.decode(content, type=EngineEntry)
+    except msgspec.DecodeError as error:
+        raise BundleError("the sidecar of an engine is damaged", received=f"{file}: {error}", hint=hint) from error
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
