@@ -38,7 +38,7 @@ class ChildResult:
 
     @property
     def last_line(self) -> str:
-        """The last thing it said, which for an uncaught exception is its type and message; or the signal that killed it."""
+        """The last thing it said, of an uncaught exception its type and message; or the signal that killed it."""
         if self.returncode < 0:
             return f"killed by {signal.Signals(-self.returncode).name}"
         return self.lines[-1] if self.lines else f"exit code {self.returncode}"

@@ -47,8 +47,8 @@ def load(backend: Backend) -> Any:
             f"{backend} cannot be loaded",
             received=f"{type(error).__name__}: {error}",
             expected=f"the package {_MODULES[backend]}",
-            hint=f"in a clone of flashvlm-export: pip install '.[{_EXTRAS[backend]}]'; on a Jetson, TensorRT comes with JetPack: create "
-            "the environment with --system-site-packages",
+            hint=f"in a clone of flashvlm-export: pip install '.[{_EXTRAS[backend]}]'; on a Jetson, it comes with "
+            "JetPack: create the environment with --system-site-packages",
         ) from error
 
 

@@ -59,7 +59,7 @@ class Bundle:
                 expected="a directory written by flashvlm export",
                 hint=f"this is a checkpoint; export it: flashvlm export {path} --output BUNDLE"
                 if (path / "config.json").is_file()
-                else "give the directory that flashvlm export wrote, or write one: flashvlm export MODEL --output BUNDLE",
+                else "give the directory that was exported, or export one: flashvlm export MODEL --output BUNDLE",
             )
         bundle = cls(path, decode_manifest((path / MANIFEST).read_bytes()))
         bundle._check_files(verify)

@@ -33,7 +33,8 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
             "ONNX Runtime has no such execution provider here",
             received=", ".join(missing) or "none",
             expected=f"among {', '.join(available)}",
-            hint=f"in a new environment, from a clone of flashvlm-export: pip install '.[{_EXTRA.get((missing or [''])[0], 'ort')}]'",
+            hint="in a new environment, from a clone of flashvlm-export: "
+            f"pip install '.[{_EXTRA.get((missing or [''])[0], 'ort')}]'",
         )
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:

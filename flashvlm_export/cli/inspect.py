@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> None:
     for engine in engines:
         entry = engine.entry
         say(f"  engine {entry.target} {entry.precision}: {engine.file.relative_to(bundle.path)}")
-        say(
-            f"    {entry.backend} {entry.backend_version}, {entry.size_bytes / 1e6:.1f} MB, built in {entry.build_s:.0f} s"
-        )
+        size = f"{entry.size_bytes / 1e6:.1f} MB"
+        say(f"    {entry.backend} {entry.backend_version}, {size}, built in {entry.build_s:.0f} s")
         if entry.compute_capabilities:
             say(f"    compute capability {', '.join(entry.compute_capabilities)}")
         for profile in entry.profiles:

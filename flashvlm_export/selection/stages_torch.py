@@ -19,9 +19,9 @@ def likeness_matrix(rows: Tensor) -> Tensor:
     of summation nor its way to take a norm may show. ``cos - 1`` is finest where patches are most alike. Each unit
     row is split into a coarse part on a grid of 2^-10 and a small rest. Products of coarse parts are multiples of
     2^-20 whose partial sums stay below 2: exact in float32 in any order (and on TF32 units, which hold 11 bits).
-    The rounding of what remains is far below that; it is computed as one half plus its transpose, which saves a product
-    and makes the matrix symmetric. The squared length of a split row is known as precisely, and the error of its norm is
-    taken out of the rest.
+    The rounding of what remains is far below that; it is computed as one half plus its transpose, which saves a
+    product and makes the matrix symmetric. The squared length of a split row is known as precisely, and the error of
+    its norm is taken out of the rest.
     """
     row = unit_rows(rows)
     coarse = torch.round(row * 1024.0) / 1024.0
