@@ -249,7 +249,8 @@ class _Calibration:
         found = analyse(
             self.layers,
             measure,
-            tolerance=self.settings.tolerance or Tolerance(0.0, 0.0, 0.0),
+            tolerance=self.settings.tolerance or Tolerance(),
+            enforced=self.settings.tolerance is not None,
             whole_set=self.whole_set,
             budget=self.settings.budget,
             images=[sample.name for sample in samples],
@@ -289,8 +290,8 @@ class _Calibration:
         reference_bytes = weight_bytes(structure.graph) * (1 if precision is Precision.FP32 else 2)
         ratio = (census.int8_weight_bytes + census.float_weight_bytes) / reference_bytes
         self.progress.note(f"at budget {self.settings.budget}: {likeness}; weights {ratio:.3f} of fp32's bytes")
-        used = (self.settings.tolerance or Tolerance(0.0, 0.0, 0.0)).used(likeness, whole_set=self.whole_set)
-        if used > 1.0:
+        tolerance = self.settings.tolerance
+        if tolerance is not None and tolerance.used(likeness, whole_set=self.whole_set) > 1.0:
             self.progress.note(
                 "NOTE: the tolerance held on the calibration images, but does not on these: more images may help"
             )

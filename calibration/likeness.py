@@ -42,7 +42,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far INT8 may be from the graph that it was made of.
+    """How far INT8 may be from the graph that it was made of; 0 asks for nothing.
 
     Attributes:
         cosine: least :attr:`Likeness.cosine`.
@@ -106,11 +106,11 @@ def compare(references: Sequence[Reading], readings: Sequence[Reading], importan
 
 
 def _share(value: float, least: float) -> float:
-    """Return 0 for 1, 1 for ``least``, more below; NaN counts as a miss."""
-    if value >= 1.0:
+    """Return 0 for 1 and where nothing is asked for, 1 for ``least``, more below; NaN is beyond everything."""
+    if value != value:
+        return float("inf")
+    if value >= 1.0 or least <= 0.0:
         return 0.0
-    if not value >= least:
-        return max(1.0 + 1e-9, (1.0 - value) / max(1.0 - least, 1e-9)) if value == value else float("inf")
     return (1.0 - value) / max(1.0 - least, 1e-9)
 
 

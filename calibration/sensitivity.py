@@ -52,7 +52,8 @@ class Sensitivity:
     """The table that is written into the bundle.
 
     Attributes:
-        tolerance: what had to hold.
+        tolerance: what had to hold, and what ``share`` is a share of.
+        enforced: whether layers were excluded for it.
         judged_on: ``kept set`` or ``important part and coverage``.
         budget: visual tokens kept while measuring.
         images: names of the images measured on.
@@ -63,6 +64,7 @@ class Sensitivity:
     """
 
     tolerance: Tolerance
+    enforced: bool
     judged_on: str
     budget: int
     images: list[str]
@@ -77,8 +79,8 @@ class Sensitivity:
         return [effect.layer for effect in self.layers if effect.excluded]
 
     def require_tolerance(self) -> None:
-        """Raise :class:`CalibrationError` if the tolerance does not hold, with the figures."""
-        if self.tolerance.used(self.chosen, whole_set=self.judged_on == _WHOLE_SET) <= 1.0:
+        """Raise :class:`CalibrationError` if a tolerance that is enforced does not hold, with the figures."""
+        if not self.enforced or self.tolerance.used(self.chosen, whole_set=self.judged_on == _WHOLE_SET) <= 1.0:
             return
         raise CalibrationError(
             "INT8 does not come within the tolerance",
@@ -100,6 +102,7 @@ def analyse(
     measure: Measure,
     *,
     tolerance: Tolerance,
+    enforced: bool,
     whole_set: bool,
     budget: int,
     images: Sequence[str],
@@ -110,7 +113,8 @@ def analyse(
     Args:
         layers: all of the graph.
         measure: see :data:`Measure`.
-        tolerance: what has to hold.
+        tolerance: what has to hold, and what the ranking goes by.
+        enforced: exclude layers until it does.
         whole_set: see :meth:`Tolerance.used`.
         budget: for the table.
         images: for the table.
@@ -135,7 +139,7 @@ def analyse(
     graphs += 1 + len(layers)
     ranked = sorted(alone, key=lambda pair: used(pair[1]), reverse=True)
     chosen, left_out = everything, 0
-    if used(everything) > 1.0:
+    if enforced and used(everything) > 1.0:
         order = [layer for layer, _ in ranked]
         low, high = 1, _most_excluded(order)  # the fewest that do lie in low..high, if any do
         chosen, left_out = (measure(order[high:]) if high else everything), high
@@ -161,7 +165,7 @@ def analyse(
     ]
     judged_on = _WHOLE_SET if whole_set else _PARTS
     runs = (graphs + 1) * len(images)
-    return Sensitivity(tolerance, judged_on, budget, list(images), runs, everything, chosen, effects)
+    return Sensitivity(tolerance, enforced, judged_on, budget, list(images), runs, everything, chosen, effects)
 
 
 def _most_excluded(order: Sequence[Layer]) -> int:

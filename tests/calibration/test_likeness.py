@@ -64,3 +64,9 @@ def test_figures_that_are_no_numbers_never_pass() -> None:
 def test_tolerances_out_of_range(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         Tolerance(**values)
+
+
+def test_a_tolerance_of_zero_asks_for_nothing() -> None:
+    likeness = Likeness(0.995, 0.9, 0.1, iou=0.0, important_iou=0.0, coverage=0.5)
+    for whole_set in (True, False):
+        assert Tolerance(0.99, 0.0, 0.0).used(likeness, whole_set=whole_set) == pytest.approx(0.5)

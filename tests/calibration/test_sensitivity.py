@@ -29,11 +29,12 @@ class Model:
         return Likeness(cosine, cosine, 0.0, 1.0, 1.0, 1.0)
 
 
-def run(model: Model, images: Sequence[str] = ("one",)) -> Sensitivity:
+def run(model: Model, images: Sequence[str] = ("one",), *, enforced: bool = True) -> Sensitivity:
     return analyse(
         layers(len(model.costs)),
         model,
         tolerance=Tolerance(cosine=0.99),
+        enforced=enforced,
         whole_set=True,
         budget=4,
         images=images,
@@ -83,3 +84,9 @@ def test_a_model_of_one_layer_is_never_left_unquantised() -> None:
     with pytest.raises(CalibrationError):
         found.require_tolerance()
     run(Model([0.001])).require_tolerance()
+
+
+def test_a_tolerance_that_is_not_enforced_only_ranks() -> None:
+    found = run(Model([0.02, 0.04, 0.01]), enforced=False)
+    assert (found.excluded, [effect.layer for effect in found.layers]) == ([], ["l1", "l0", "l2"])
+    found.require_tolerance()
