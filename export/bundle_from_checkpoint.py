@@ -20,7 +20,6 @@ from flashvlm_export.export.engine_check import check_engine_builds
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
-from flashvlm_export.export.tensorrt_api import is_installed
 from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
@@ -37,6 +36,7 @@ from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.progress import Progress
 from flashvlm_export.selection import Selector, get_selector
 from flashvlm_export.specs import Precision
+from flashvlm_export.tensorrt_api import is_installed
 
 DecoderChoice = Literal["auto", "none", "fp32", "fp16", "int4"]
 EngineCheck = Literal["auto", "off", "required"]

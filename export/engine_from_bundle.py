@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import (
     SCHEMA_VERSION,
@@ -23,15 +24,14 @@ from flashvlm_export.engines import (
     write_entry,
 )
 from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError
-from flashvlm_export.export import tensorrt_api
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
-from flashvlm_export.export.gpu import Gpu, gpu_at_hand
-from flashvlm_export.export.tensorrt_api import Backend
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
+from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import Profile, format_profile, resolve_profiles
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
 from flashvlm_export.targets import PORTABLE, RTX_CAPABILITIES, TARGETS, Capability, find_target, format_capability
+from flashvlm_export.tensorrt_api import Backend
 
 # Largest resident memory of a build per byte of weights, and what a builder takes before it has read any: measured with
 # TensorRT-RTX 1.7 on full-size graphs.

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashvlm_export import interrupts
+from flashvlm_export import interrupts, tensorrt_api
 from flashvlm_export.engines import BuildSettings
 from flashvlm_export.errors import ExportError
-from flashvlm_export.export import tensorrt_api
-from flashvlm_export.export.tensorrt_api import Backend
 from flashvlm_export.profiles import Profile
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import GraphSpec
 from flashvlm_export.targets import Capability
+from flashvlm_export.tensorrt_api import Backend
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ another graph is known before anything loads it.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError
 from flashvlm_export.files import atomic_write, sha256_of
 from flashvlm_export.specs import DynamicDim, Precision
+from flashvlm_export.targets import TARGETS
 
 ENGINES = "engines"
 SCHEMA_VERSION = 1
@@ -108,8 +108,8 @@ def list_engines(bundle: Bundle) -> list[Engine]:
     return [Engine(file.with_suffix(""), _read_entry(file)) for file in sidecars]
 
 
-def find_engine(bundle: Bundle, precision: Precision, target: str = "*", backend: str = "*") -> Engine:
-    """Return the one engine of ``bundle`` that fits.
+def find_engine(bundle: Bundle, precision: Precision | None = None, target: str | None = None) -> Engine:
+    """Return the one engine of ``bundle`` that fits; what is ``None`` may be anything.
 
     Raises:
         BundleError: if there is none or more than one, with the command that builds or chooses.
@@ -118,9 +118,7 @@ def find_engine(bundle: Bundle, precision: Precision, target: str = "*", backend
     fitting = [
         engine
         for engine in engines
-        if engine.entry.precision == precision.value
-        and fnmatch.fnmatch(engine.entry.target, target)
-        and fnmatch.fnmatch(engine.entry.backend, backend)
+        if precision in (None, Precision(engine.entry.precision)) and target in (None, engine.entry.target)
     ]
     if len(fitting) == 1:
         return fitting[0]
@@ -128,8 +126,10 @@ def find_engine(bundle: Bundle, precision: Precision, target: str = "*", backend
         "the bundle has no such engine" if not fitting else "several engines fit",
         received=", ".join(f"{e.entry.target} {e.entry.precision} ({e.entry.backend})" for e in fitting or engines)
         or f"{bundle.path} without engines",
-        expected=f"one engine in {precision.value}" + (f" for {target}" if target != "*" else ""),
-        hint="name one with --target" if fitting else build_command(bundle, precision.value, target),
+        expected=f"one engine{f' in {precision.value}' if precision else ''}{f' for {target}' if target else ''}",
+        hint="name its target and precision"
+        if fitting
+        else build_command(bundle, precision.value if precision else "fp16", target),
     )
 
 
@@ -166,9 +166,10 @@ def sidecar_of(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def build_command(bundle: Bundle, precision: str, target: str = "*") -> str:
-    """Return the command that builds an engine."""
-    return f"flashvlm build {bundle.path} --precision {precision}" + (f" --target {target}" if target != "*" else "")
+def build_command(bundle: Bundle, precision: str, target: str | None = None) -> str:
+    """Return the command that builds an engine; for a GPU that is not in the table, on the machine that has it."""
+    named = f" --target {target}" if target in TARGETS else ""
+    return f"flashvlm build {bundle.path} --precision {precision}{named}"
 
 
 def _read_entry(file: Path) -> EngineEntry:

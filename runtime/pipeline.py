@@ -122,16 +122,19 @@ class Pipeline:
         bundle: Bundle | str | Path,
         *,
         precision: Precision | str | None = None,
+        engine: str | None = None,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
         with_llm: bool = True,
     ) -> Pipeline:
-        """Return a pipeline on ONNX Runtime, opened by ``with`` or :meth:`load`.
+        """Return a pipeline, opened by ``with`` or :meth:`load`.
 
         Args:
             bundle: directory, or an opened bundle.
-            precision: visual graph to run; ``None`` takes the first the manifest lists.
-            providers: ONNX Runtime execution providers, for graph and decoder.
+            precision: visual graph to run; ``None`` takes the first the manifest lists, or the engine's.
+            engine: target of the TensorRT engine to run, or ``auto`` where the bundle has just one; ``None`` runs the
+                graph in ONNX Runtime.
+            providers: ONNX Runtime execution providers, for the graph (without ``engine``) and the decoder.
             threads: threads of one operator; ``None`` leaves it to ONNX Runtime.
             with_llm: also prepare the bundle's decoder.
 
@@ -139,15 +142,9 @@ class Pipeline:
             BundleError, ConfigError, SessionError: see their messages.
         """
         from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
-        from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        chosen = _precision(precision, bundle)
-        graph = bundle.graph_file(chosen)
-        session = OnnxRuntimeSession(
-            graph, bundle.manifest.graphs[chosen.value].spec, providers=providers, threads=threads
-        )
-        pipeline = cls(bundle, session, None)
+        pipeline = cls(bundle, _session(bundle, precision, engine, providers, threads), None)
         if with_llm:
             decoder = bundle.manifest.decoder
             if decoder is None:
@@ -332,6 +329,22 @@ class _Clock:
         now = time.perf_counter()
         self.laps_ms[stage] = (now - self._last) * 1e3
         self._last = now
+
+
+def _session(
+    bundle: Bundle, precision: Precision | str | None, engine: str | None, providers: Sequence[str], threads: int | None
+) -> VisualSession:
+    if engine is not None:
+        from flashvlm_export.engines import find_engine
+        from flashvlm_export.runtime.sessions.tensorrt import TensorRTSession
+
+        wanted = None if precision is None else _precision(precision, bundle)
+        return TensorRTSession(bundle, find_engine(bundle, wanted, None if engine == "auto" else engine))
+    from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
+
+    chosen = _precision(precision, bundle)
+    spec = bundle.manifest.graphs[chosen.value].spec
+    return OnnxRuntimeSession(bundle.graph_file(chosen), spec, providers=providers, threads=threads)
 
 
 def _precision(wanted: Precision | str | None, bundle: Bundle) -> Precision:

@@ -21,16 +21,16 @@ ROOMS = ("export", "calibration", "runtime")
 # What each room may import besides the standard library, the light base dependencies and `flashvlm_export` itself.
 BASE = {"jinja2", "msgspec", "numpy", "PIL", "tokenizers", "tqdm"}
 ALLOWED = {
-    "": set(),
+    "": {"cuda"},
     "models": {"torch", "transformers", "optimum"},
     "selection": {"torch"},
     "cli": set(),
     "export": {
         "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai",
-        "safetensors", "huggingface_hub", "cuda",
+        "safetensors", "huggingface_hub",
     },
     "calibration": {"onnx", "onnxruntime"},
-    "runtime": {"onnxruntime"},
+    "runtime": {"cuda", "onnxruntime"},
 }  # fmt: skip
 
 

@@ -46,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
     )
+    parser.add_argument(
+        "--engine",
+        metavar="TARGET",
+        nargs="?",
+        const="auto",
+        help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one)",
+    )
     parser.add_argument("--provider", choices=sorted(_PROVIDERS), default="cpu", help="ONNX Runtime execution provider")
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
@@ -80,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline = Pipeline.open(
         Bundle.open(args.bundle),
         precision=args.precision,
+        engine=args.engine,
         providers=(_PROVIDERS[args.provider],),
         threads=args.threads,
         with_llm=not args.visual_only,

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
 from flashvlm_export.engines import BuildSettings, check_engine, find_engine, list_engines, sidecar_of
 from flashvlm_export.errors import BundleError, ConfigError, DependencyError, ExportError, StorageError, TargetError
 from flashvlm_export.export import engine_from_bundle as module_under_test
-from flashvlm_export.export import tensorrt_api
 from flashvlm_export.export.engine_from_bundle import EngineSettings, engine_from_bundle, resolve_destination
-from flashvlm_export.export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.files import bundle_lock
+from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import format_profile, resolve_profiles
 from flashvlm_export.specs import Precision
 from flashvlm_export.targets import RTX_CAPABILITIES, TARGETS

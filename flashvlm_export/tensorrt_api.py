@@ -29,6 +29,14 @@ _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
+def as_backend(name: str) -> Backend:
+    """Return ``name`` if it is a backend; raise :class:`ConfigError` if not."""
+    for backend in BACKENDS:
+        if name == backend:
+            return backend
+    raise ConfigError("unknown backend", received=repr(name), expected=" or ".join(BACKENDS))
+
+
 def is_installed(backend: Backend) -> bool:
     """Return whether the backend's package is there; nothing is imported."""
     return importlib.util.find_spec(_MODULES[backend]) is not None

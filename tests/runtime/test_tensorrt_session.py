@@ -1,0 +1,213 @@
+"""The TensorRT session: its data flow against a fake GPU, and what it refuses. Real engines run under tests/gpu."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.fake_tensorrt import FakeCuda, fake_tensorrt
+
+from flashvlm_export import tensorrt_api
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli import main
+from flashvlm_export.engines import (
+    SCHEMA_VERSION,
+    BuildSettings,
+    EngineEntry,
+    engine_file,
+    find_engine,
+    graph_fingerprint,
+    write_entry,
+)
+from flashvlm_export.errors import BundleError, SessionError
+from flashvlm_export.files import sha256_of
+from flashvlm_export.gpu import Gpu, gpu_at_hand
+from flashvlm_export.profiles import resolve_profiles
+from flashvlm_export.runtime.sessions import tensorrt
+from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
+from flashvlm_export.runtime.sessions.tensorrt import TensorRTSession, require_fit
+from flashvlm_export.specs import VISUAL_OUTPUTS, Feeds, Precision
+
+ADA = Gpu("NVIDIA L4", (8, 9), 24 << 30)
+PROFILES = ["batch=1,text=1:8:16,budget=1:4:8", "batch=1:2:3,text=1:8:40"]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    """The tiny bundle with a file in the place of an engine, and its sidecar."""
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    file = engine_file(bundle, "l4", Precision.FP16)
+    file.parent.mkdir()
+    file.write_bytes(b"an engine")
+    spec = bundle.manifest.graphs["fp16"].spec
+    entry = EngineEntry(
+        schema_version=SCHEMA_VERSION,
+        target="l4",
+        backend="tensorrt",
+        backend_version="10.3.0",
+        compute_capabilities=["8.9"],
+        precision="fp16",
+        graph_sha256=graph_fingerprint(bundle, Precision.FP16),
+        engine_sha256=sha256_of(file),
+        size_bytes=file.stat().st_size,
+        profiles=[list(profile) for profile in resolve_profiles(spec, PROFILES)],
+        settings=BuildSettings(),
+        build_s=1.0,
+        peak_memory_bytes=1,
+        census={},
+    )
+    write_entry(file, entry)
+    return bundle
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    bindings = type(sys)("cuda.bindings")
+    bindings.runtime = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", type(sys)("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: ADA)
+    return fake
+
+
+Install = Callable[..., Any]
+
+
+@pytest.fixture
+def install(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Put a fake TensorRT in place, whose engine is the bundle's graph in ONNX Runtime."""
+    pytest.importorskip("onnxruntime", reason="the fake engine computes with ONNX Runtime")
+    spec = bundle.manifest.graphs["fp16"].spec
+    session = OnnxRuntimeSession(bundle.graph_file(Precision.FP16), spec)
+    session.open()
+
+    def run(feeds: Feeds) -> dict[str, np.ndarray]:
+        outputs = session.run(feeds)
+        return dict(zip(VISUAL_OUTPUTS, (outputs.tokens, outputs.indices, outputs.scores), strict=True))
+
+    def put(version: str = "10.3.0", *, loads: bool = True) -> Any:
+        module = fake_tensorrt(spec, run, version, loads=loads)
+        monkeypatch.setattr(tensorrt_api, "load", lambda backend: module)
+        return module
+
+    return put
+
+
+def feeds(bundle: Bundle, batch: int, text: int, budget: int) -> Feeds:
+    dims, rng = bundle.manifest.dims, np.random.default_rng(batch)
+    return {
+        "pixel_values": rng.standard_normal((batch, 3, dims.image_size, dims.image_size), np.float32),
+        # Every other row of a larger array: what is copied to a device has to be contiguous first.
+        "text_embeds": rng.standard_normal((batch, 2 * text, dims.llm_width)).astype(np.float16)[:, ::2],
+        "text_mask": np.ones((batch, text), bool),
+        "budget": np.array(budget),
+    }
+
+
+def test_what_comes_back_is_what_the_engine_computed(bundle: Bundle, install: Install, cuda: FakeCuda) -> None:
+    module = install()
+    graph = OnnxRuntimeSession(bundle.graph_file(Precision.FP16), bundle.manifest.graphs["fp16"].spec)
+    with TensorRTSession(bundle, find_engine(bundle)) as session, graph:
+        held = len(cuda.allocated)
+        for sizes in ((3, 40, 16), (1, 16, 8), (1, 1, 1), (2, 7, 5)):
+            given = feeds(bundle, *sizes)
+            have, want = session.run(given), graph.run(given)
+            np.testing.assert_array_equal(have.tokens, want.tokens)
+            np.testing.assert_array_equal(have.indices, want.indices)
+            np.testing.assert_array_equal(have.scores, want.scores)
+        assert len(cuda.allocated) == held == 6  # allocated once: three inputs, three outputs
+    assert module.contexts_used == [1, 0, 0, 1]
+    assert (cuda.allocated, cuda.streams) == ({}, 0)
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 4), (2, 41, 4), (3, 200, 16)])
+def test_sizes_that_no_profile_holds(bundle: Bundle, install: Install, sizes: tuple[int, int, int]) -> None:
+    install()
+    with (
+        TensorRTSession(bundle, find_engine(bundle)) as session,
+        pytest.raises(SessionError, match="no profile") as caught,
+    ):
+        session.run(feeds(bundle, *sizes))
+    assert "--profile batch=1:1:1,text=1:8:16,budget=1:4:8 --profile batch=1:2:3" in str(caught.value.hint)
+
+
+def test_too_little_memory_on_the_gpu_frees_what_was_taken(bundle: Bundle, install: Install, cuda: FakeCuda) -> None:
+    install()
+    cuda.memory_bytes = 100_000
+    with pytest.raises(SessionError, match="CUDA runtime reports"):
+        TensorRTSession(bundle, find_engine(bundle)).open()
+    assert (cuda.allocated, cuda.streams) == ({}, 0)
+
+
+def test_an_engine_that_the_library_cannot_load(bundle: Bundle, install: Install, cuda: FakeCuda) -> None:
+    install(loads=False)
+    with pytest.raises(SessionError, match="cannot load the engine") as caught:
+        TensorRTSession(bundle, find_engine(bundle)).open()
+    assert f"flashvlm build {bundle.path} --precision fp16 --target l4 --overwrite" in str(caught.value.hint)
+    assert (cuda.allocated, cuda.streams) == ({}, 0)
+
+
+def test_an_edited_engine_is_not_loaded(bundle: Bundle, install: Install) -> None:
+    install()
+    engine = find_engine(bundle)
+    engine.file.write_bytes(b"an_engine")
+    with pytest.raises(BundleError, match="damaged"):
+        TensorRTSession(bundle, engine).open()
+
+
+class TestRequireFit:
+    @pytest.fixture
+    def entry(self, bundle: Bundle) -> EngineEntry:
+        return find_engine(bundle).entry
+
+    def test_the_gpu_and_version_it_was_built_for(self, entry: EngineEntry) -> None:
+        require_fit(entry, "10.3.0", ADA, "rebuild")
+
+    def test_no_gpu(self, entry: EngineEntry) -> None:
+        with pytest.raises(SessionError, match="no NVIDIA GPU"):
+            require_fit(entry, "10.3.0", None, "rebuild")
+
+    def test_another_gpu(self, entry: EngineEntry) -> None:
+        orin = Gpu("Orin", (8, 7), 1)
+        with pytest.raises(SessionError, match="another GPU") as caught:
+            require_fit(entry, "10.3.0", orin, "rebuild")
+        assert "Orin, compute capability 8.7" in str(caught.value.received)
+        require_fit(replace(entry, settings=BuildSettings(hardware_compatible=True)), "10.3.0", orin, "rebuild")
+
+    @pytest.mark.parametrize(
+        ("version", "plain", "compatible"),
+        [("10.3.1", False, True), ("10.16.0", False, True), ("11.0.0", False, False)],
+    )
+    def test_another_version(self, entry: EngineEntry, version: str, plain: bool, compatible: bool) -> None:
+        for settings, fits in ((BuildSettings(), plain), (BuildSettings(version_compatible=True), compatible)):
+            changed = replace(entry, settings=settings)
+            if fits:
+                require_fit(changed, version, ADA, "rebuild")
+            else:
+                with pytest.raises(SessionError, match="another version") as caught:
+                    require_fit(changed, version, ADA, "the command")
+                assert "the command" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(gpu_at_hand() is not None, reason="shows what happens without a GPU")
+def test_without_gpu_or_library_the_command_says_so_and_runs_nothing_else(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "photo.png")
+    arguments = ["run", str(bundle.path), "--image", str(tmp_path / "photo.png"), "--prompt", "What?", "--engine"]
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "tensorrt cannot be loaded" in printed.err or "no NVIDIA GPU" in printed.err
+    assert main([*arguments, "orin-agx"]) == 1
+    assert "the bundle has no such engine" in capsys.readouterr().err
