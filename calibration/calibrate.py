@@ -82,6 +82,26 @@ def default_budget(bundle: Bundle) -> int:
     return min(entry.spec.dim("budget").opt, max(1, bundle.manifest.dims.num_patches // 2))
 
 
+def default_tolerance(bundle: Bundle, budget: int) -> Tolerance:
+    """Return :class:`Tolerance`'s defaults, as far as they can be asked for at ``budget``.
+
+    One exchanged token is always allowed: of a small kept set it is more than a tenth. With random weights the cosine
+    alone is asked for: the scores of an untrained model lie as close together as its features, so that what it keeps
+    hangs on rounding.
+    """
+    if bundle.manifest.source.weights.startswith("random"):
+        return Tolerance(iou=0.0, coverage=0.0)
+    whole_set, important = _judged(bundle, budget)
+    count = budget if whole_set else important
+    return Tolerance(iou=min(Tolerance().iou, max(0.0, (count - 1) / (count + 1))))
+
+
+def _judged(bundle: Bundle, budget: int) -> tuple[bool, int]:
+    """Return whether the whole kept set is judged, and the size of its important part."""
+    config = bundle.manifest.selection.config
+    return config.get("diversity") != "bipartite", int(budget * float(config.get("important_ratio", 1.0)))
+
+
 def require_calibratable(bundle: Bundle, *, overwrite: bool) -> None:
     """Raise unless ``bundle`` has an fp16 graph, and no INT8 graph or leave to replace it.
 
@@ -157,9 +177,7 @@ class _Calibration:
         self.structure = load_structure(self.source)
         self.products = find_products(self.structure.graph)
         self.layers = find_layers(self.structure.graph, self.products, settings.most_layers)
-        config = bundle.manifest.selection.config
-        self.whole_set = config.get("diversity") != "bipartite"
-        self.important = int(settings.budget * float(config.get("important_ratio", 1.0)))
+        self.whole_set, self.important = _judged(bundle, settings.budget)
 
     def run(self) -> CalibrationResult:
         self._print_settings()

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         default="auto",
         help="what must hold against the float graph, or the worst layers stay in float16 until it does; auto = "
-        "cosine=0.99,iou=0.9,coverage=0.97, the cosine alone with random weights; none = every layer becomes INT8",
+        "cosine=0.99,iou=0.9 (or one token),coverage=0.97, the cosine alone with random weights; "
+        "none = every layer becomes INT8",
     )
     parser.add_argument(
         "--budget",
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
             CalibrationSettings,
             calibrate,
             default_budget,
+            default_tolerance,
             require_calibratable,
         )
     except ImportError as error:
@@ -88,11 +90,12 @@ def run(args: argparse.Namespace) -> None:
             )
     bundle = Bundle.open(args.bundle)
     require_calibratable(bundle, overwrite=args.overwrite)
+    budget = default_budget(bundle) if args.budget is None else args.budget
     settings = CalibrationSettings(
         method=args.method,
         percentile=args.percentile,
-        tolerance=_tolerance(args.tolerance, bundle),
-        budget=default_budget(bundle) if args.budget is None else args.budget,
+        tolerance=default_tolerance(bundle, budget) if args.tolerance == "auto" else _tolerance(args.tolerance),
+        budget=budget,
         most_layers=args.max_layers,
         sensitivity_images=args.sensitivity_images,
         overwrite=args.overwrite,
@@ -174,12 +177,9 @@ def _samples(
     return [sample(number, path) for number, path in enumerate(good)], skipped
 
 
-def _tolerance(text: str, bundle: Bundle) -> Tolerance | None:
+def _tolerance(text: str) -> Tolerance | None:
     from flashvlm_export.calibration.likeness import Tolerance
 
-    if text == "auto":
-        # What an untrained model keeps hangs on rounding: its scores lie as close together as its features.
-        return Tolerance(iou=0.0, coverage=0.0) if bundle.manifest.source.weights.startswith("random") else Tolerance()
     if text == "none":
         return None
     names = [field.name for field in fields(Tolerance)]

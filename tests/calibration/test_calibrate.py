@@ -21,6 +21,7 @@ from helpers.calibrating import calibrate, exit_code
 from flashvlm_export.bundle import Bundle, describe_files, write_manifest
 from flashvlm_export.calibration import install
 from flashvlm_export.calibration import ranges as ranges_module
+from flashvlm_export.calibration.calibrate import default_tolerance
 from flashvlm_export.calibration.observers import MinMaxObserver
 from flashvlm_export.errors import BundleError, CalibrationError
 from flashvlm_export.files import bundle_lock
@@ -127,6 +128,28 @@ def test_a_tolerance_out_of_reach_leaves_the_bundle_as_it_was(bundle: Path, phot
     assert after.pop(".calibration/ranges.partial.npz")
     assert after == before
     Bundle.open(bundle, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("budget", "weights", "diversity", "iou"),
+    [
+        (8, "checkpoint", "bipartite", 3 / 5),  # of 4 important tokens one may be another
+        (8, "checkpoint", "farthest", 7 / 9),
+        (1, "checkpoint", "farthest", 0.0),
+        (128, "checkpoint", "farthest", 0.9),
+        (128, "random:0", "farthest", 0.0),
+    ],
+)
+def test_the_default_tolerance_allows_one_exchanged_token(
+    budget: int, weights: str, diversity: str, iou: float, bundle: Path
+) -> None:
+    manifest = Bundle.open(bundle).manifest
+    source = dataclasses.replace(manifest.source, weights=weights)
+    selection = dataclasses.replace(manifest.selection, config={**manifest.selection.config, "diversity": diversity})
+    change_manifest(bundle, source=source, selection=selection)
+    tolerance = default_tolerance(Bundle.open(bundle), budget)
+    assert tolerance.iou == pytest.approx(iou)
+    assert tolerance.cosine == 0.99
 
 
 class Stopped(BaseException):
