@@ -216,4 +216,4 @@ def test_readme_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
     lines = re.findall(r"^flashvlm (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
     verbs = {build_parser().parse_args(shlex.split(line)).verb for line in lines}
-    assert verbs == {"models", "export", "inspect", "run"}
+    assert verbs == {"models", "export", "calibrate", "build", "inspect", "run"}

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         raise DependencyError(
             "calibration needs packages that are not installed",
             received=str(error),
-            hint="pip install 'flashvlm-export[export]'",
+            hint="in a clone of flashvlm-export: pip install '.[export]'",
         ) from error
     for name in ("max_images", "max_layers", "sensitivity_images"):
         if getattr(args, name) < 1:
