@@ -35,7 +35,7 @@ from flashvlm_export.tensorrt_api import Backend
 
 # Largest resident memory of a build per byte of weights, and what a builder takes before it has read any: measured with
 # TensorRT-RTX 1.7 on full-size graphs.
-_MEMORY_PER_WEIGHT_BYTE = 4.0
+_MEMORY_PER_WEIGHT_BYTE = 3.5
 _MEMORY_AT_REST_BYTES = 1 << 30
 
 
@@ -105,22 +105,25 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
         require_free_space(target, weights_bytes * len(destination.capabilities or (0,)))
         progress.step(f"building with {destination.backend}")
         start = time.perf_counter()
-        built = engine_from_onnx(
-            graph,
-            spec,
-            destination.backend,
-            profiles=profiles,
-            capabilities=destination.capabilities,
-            settings=settings.build,
-            timing_cache=_read_cache(settings.timing_cache),
-            progress=progress,
-        )
-        build_s = time.perf_counter() - start
-        progress.step(f"writing {target}")
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
+            for leftover in target.parent.glob(".*.partial"):  # of a killed build: nobody else writes under the lock
+                leftover.unlink()
             with atomic_write(target) as temporary:
-                temporary.write_bytes(built.memory)
+                with temporary.open("wb") as output:
+                    built = engine_from_onnx(
+                        graph,
+                        spec,
+                        destination.backend,
+                        output,
+                        profiles=profiles,
+                        capabilities=destination.capabilities,
+                        settings=settings.build,
+                        timing_cache=_read_cache(settings.timing_cache),
+                        progress=progress,
+                    )
+                build_s = time.perf_counter() - start
+                progress.step(f"writing {target}")
                 digest, size_bytes = sha256_of(temporary), temporary.stat().st_size
                 # From here to the sidecar's own writing, a kill leaves an engine that nothing lists.
                 sidecar_of(target).unlink(missing_ok=True)

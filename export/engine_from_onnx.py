@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flashvlm_export import interrupts, tensorrt_api
 from flashvlm_export.engines import BuildSettings
@@ -23,17 +23,15 @@ from flashvlm_export.tensorrt_api import Backend
 
 
 @dataclass(frozen=True)
-class BuiltEngine:
-    """What a build returns.
+class BuildReport:
+    """What a build leaves besides the engine.
 
     Attributes:
-        memory: the serialised engine; a buffer that TensorRT owns.
         census: outputs of the network's layers by type and dtype. The network is strongly typed, so the engine computes
             in these types.
         timing_cache: what was learnt about kernels, for the next build; ``None`` where the backend keeps none.
     """
 
-    memory: Any
     census: dict[str, int]
     timing_cache: bytes | None
 
@@ -42,19 +40,21 @@ def engine_from_onnx(
     file: Path,
     spec: GraphSpec,
     backend: Backend,
+    output: BinaryIO,
     *,
     profiles: Sequence[Profile],
     capabilities: Sequence[Capability] = (),
     settings: BuildSettings | None = None,
     timing_cache: bytes | None = None,
     progress: Progress | None = None,
-) -> BuiltEngine:
-    """Return the serialised engine of ``file``, strongly typed.
+) -> BuildReport:
+    """Write the serialised engine of ``file``, strongly typed, to ``output``.
 
     Args:
         file: ONNX graph; external weights beside it.
         spec: its contract: which inputs have which dynamic dimensions.
         backend: library that builds.
+        output: where the engine goes, piece by piece.
         profiles: one or more; each names the range of every dynamic dimension.
         capabilities: GPUs to compile for, with TensorRT-RTX.
         settings: how to build.
@@ -65,6 +65,7 @@ def engine_from_onnx(
         DependencyError: if the backend is not installed.
         ConfigError: if the backend cannot build so.
         ExportError: if the parser or the builder rejects the graph, with their messages.
+        OSError: from ``output``.
     """
     settings = settings or BuildSettings()
     trt = tensorrt_api.load(backend)
@@ -91,11 +92,13 @@ def engine_from_onnx(
     census = _census(network)
     monitor = _make_monitor(trt, progress or Progress())
     config.progress_monitor = monitor
-    memory = builder.build_serialized_network(network, config)
-    monitor.close()
+    try:
+        is_built = tensorrt_api.build(trt, builder, network, config, output)
+    finally:
+        monitor.close()
     del parser  # held the weights until here
     interrupts.check()
-    if memory is None:
+    if not is_built:
         raise ExportError(
             f"{backend} cannot compile {file.name}",
             received="; ".join(log.errors),
@@ -103,7 +106,7 @@ def engine_from_onnx(
             if settings.strip_weights
             else None,
         )
-    return BuiltEngine(memory, census, tensorrt_api.get_timing_cache(config, backend))
+    return BuildReport(census, tensorrt_api.get_timing_cache(config, backend))
 
 
 def _profile(profile: Any, spec: GraphSpec, ranges: Profile) -> Any:

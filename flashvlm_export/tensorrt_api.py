@@ -6,6 +6,7 @@
 - TensorRT builds for the GPU that it finds. TensorRT-RTX compiles ahead of time for a list of architectures.
 - TensorRT-RTX times no kernels while it builds: its timing cache does nothing and is deprecated.
 - TensorRT-RTX refits with ``REFIT``, TensorRT with ``REFIT_IDENTICAL`` too.
+- Newer releases write an engine to a stream; the others return it whole.
 - ``HardwareCompatibilityLevel`` and ``VERSION_COMPATIBLE`` belong to TensorRT; TensorRT-RTX has the names and no use
   for them.
 """
@@ -17,7 +18,7 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from flashvlm_export.errors import ConfigError, DependencyError, ExportError
 from flashvlm_export.targets import RTX_CAPABILITIES, Capability, format_capability
@@ -128,6 +129,36 @@ def set_timing_cache(config: Any, backend: Backend, content: bytes | None) -> No
 def get_timing_cache(config: Any, backend: Backend) -> bytes | None:
     """Return the kernel timings after a build, where the backend keeps any."""
     return bytes(config.get_timing_cache().serialize()) if backend == "tensorrt" else None
+
+
+def build(trt: Any, builder: Any, network: Any, config: Any, output: BinaryIO) -> bool:
+    """Build the engine and write it to ``output``; return whether there was one to write.
+
+    Streamed where the library can, which spares a copy of the engine in memory.
+
+    Raises:
+        OSError: from ``output``.
+    """
+    if not hasattr(builder, "build_serialized_network_to_stream"):
+        memory = builder.build_serialized_network(network, config)
+        if memory is not None:
+            output.write(memory)
+        return memory is not None
+    problems: list[OSError] = []
+
+    class Writer(trt.IStreamWriter):
+        def write(self, data: bytes) -> int:
+            # An exception must not fly through the library's frames; a short count ends the build.
+            try:
+                return output.write(data)
+            except OSError as error:
+                problems.append(error)
+                return 0
+
+    is_built = bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+    if problems:
+        raise problems[0]
+    return is_built
 
 
 def parse(trt: Any, network: Any, file: Path, logger: Any, backend: Backend) -> Any:

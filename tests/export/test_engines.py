@@ -144,10 +144,20 @@ class TestRefused:
         assert "flashvlm calibrate" in str(caught.value.hint)
 
 
+def test_a_full_disk_leaves_the_engine_that_was_there(tiny_bundle: Path, small_disk: Path) -> None:
+    """Only the engines are on the small disk."""
+    pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
+    path = shutil.copytree(tiny_bundle, small_disk.parent / "bundle")
+    (path / "engines").symlink_to(small_disk)
+    with pytest.raises(StorageError, match="the disk is full"):
+        engine_from_bundle(EngineSettings(path, target="rtx-30"))
+    assert list(small_disk.iterdir()) == []
+
+
 class TestInterrupted:
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
     def test_a_build_that_is_stopped_leaves_the_bundle_as_it_was(self, copy: Bundle, number: signal.Signals) -> None:
-        before = {file: file.stat().st_mtime_ns for file in copy.path.rglob("*") if file.is_file()}
+        before = _times(copy)
         command = [
             sys.executable,
             "-m",
@@ -168,8 +178,19 @@ class TestInterrupted:
             message = build.communicate(timeout=300)[1]
         assert build.returncode == (130 if number == signal.SIGTERM else -number)
         assert "Traceback" not in message
-        assert {file: file.stat().st_mtime_ns for file in copy.path.rglob("*") if file.is_file()} == before
+        assert _times(copy) == before
         check_engine(copy, find_engine(copy, Precision.FP16))
+        leftovers = list((copy.path / "engines").glob(".*.partial"))
+        assert len(leftovers) == (1 if number == signal.SIGKILL else 0)
+        if leftovers:
+            engine_from_bundle(EngineSettings(copy.path, target="rtx-30"))
+            assert not leftovers[0].exists()
+
+
+def _times(bundle: Bundle) -> dict[Path, int]:
+    """When each file was written, without those that are not in place yet."""
+    files = [file for file in bundle.path.rglob("*") if file.is_file() and file.suffix != ".partial"]
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 class TestCheckEngine:

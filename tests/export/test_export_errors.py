@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import os
 import shutil
@@ -344,7 +345,7 @@ class TestCheckGraph:
 
 
 def compile_graph(file: Path, spec: GraphSpec) -> None:
-    engine_from_onnx(file, spec, "tensorrt-rtx", profiles=[spec.dims], capabilities=[(8, 6)])
+    engine_from_onnx(file, spec, "tensorrt-rtx", io.BytesIO(), profiles=[spec.dims], capabilities=[(8, 6)])
 
 
 class TestTensorRTRTX:
