@@ -343,8 +343,9 @@ def _session(
     from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     chosen = _precision(precision, bundle)
+    graph = bundle.graph_file(chosen)
     spec = bundle.manifest.graphs[chosen.value].spec
-    return OnnxRuntimeSession(bundle.graph_file(chosen), spec, providers=providers, threads=threads)
+    return OnnxRuntimeSession(graph, spec, providers=providers, threads=threads)
 
 
 def _precision(wanted: Precision | str | None, bundle: Bundle) -> Precision:

@@ -68,7 +68,7 @@ def test_what_the_bundle_lacks_is_named_with_what_it_has(path: Path) -> None:
     assert (no_graph.value.received, no_graph.value.expected) == ("int8", "one of fp32")
 
 
-@pytest.mark.parametrize("what", ["nothing", "a file", "a directory", "a manifest that is a directory"])
+@pytest.mark.parametrize("what", ["nothing", "a file", "a directory", "a manifest that is a directory", "a checkpoint"])
 def test_where_there_is_no_bundle(tmp_path: Path, what: str) -> None:
     path = tmp_path / "bundle"
     if what == "a file":
@@ -78,9 +78,12 @@ def test_where_there_is_no_bundle(tmp_path: Path, what: str) -> None:
         (path / "model.onnx").touch()
     if what == "a manifest that is a directory":
         (path / MANIFEST).mkdir()
+    if what == "a checkpoint":
+        (path / "config.json").write_text("{}")
     message = refusal(path)
     assert "there is no bundle at this path" in message
-    assert f"flashvlm export MODEL --output {path}" in message
+    source = str(path) if what == "a checkpoint" else "MODEL"
+    assert f"flashvlm export {source} --output BUNDLE" in message
     reason = {"nothing": "no such directory", "a file": "not a directory"}.get(what, "no manifest.json")
     assert f"{path} ({reason})" in message
 
