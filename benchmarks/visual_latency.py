@@ -54,9 +54,9 @@ from flashvlm_export.export.visual_graph import VisualGraph, build_visual_graph
 from flashvlm_export.manifest import PromptSettings
 from flashvlm_export.models import adapter_class
 from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.ort import ort_session
 from flashvlm_export.preprocessor import decode_preprocessor
 from flashvlm_export.runtime.embeddings import TextEmbeddings
-from flashvlm_export.runtime.ort import ort_session
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
 from flashvlm_export.selection import FlashVLMConfig, get_selector

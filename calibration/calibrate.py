@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import msgspec
 import onnx
 
 from flashvlm_export.bundle import Bundle
@@ -21,17 +20,18 @@ from flashvlm_export.calibration.ranges import (
     PARTIAL,
     Ranges,
     decode_ranges,
-    encode_ranges,
     observe_ranges,
     ranges_key,
 )
 from flashvlm_export.calibration.readings import load_structure, moved, readable_graph
-from flashvlm_export.calibration.samples import Sample, combined_key, split_samples, spread
+from flashvlm_export.calibration.samples import Sample, split_samples, spread
 from flashvlm_export.calibration.sensitivity import Sensitivity, analyse, most_runs
 from flashvlm_export.errors import BundleError, ConfigError, UsageError
-from flashvlm_export.files import bundle_lock, require_free_space, sha256_of, storage_errors
+from flashvlm_export.files import bundle_lock, require_free_space, storage_errors
 from flashvlm_export.manifest import GraphEntry
 from flashvlm_export.progress import Progress
+from flashvlm_export.records import encode_record
+from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision, check_budget
 
 #: Below the bundle while calibration runs; what is left of a killed run is resumed from it.
@@ -98,8 +98,9 @@ def default_tolerance(bundle: Bundle, budget: int) -> Tolerance:
 
 def _judged(bundle: Bundle, budget: int) -> tuple[bool, int]:
     """Return whether the whole kept set is judged, and the size of its important part."""
-    config = bundle.manifest.selection.config
-    return config.get("diversity") != "bipartite", int(budget * float(config.get("important_ratio", 1.0)))
+    selection = bundle.manifest.selection
+    config = get_selector(selection.selector).make_config(selection.config)
+    return config.is_stable, config.important_tokens(budget)
 
 
 def require_calibratable(bundle: Bundle, *, overwrite: bool) -> None:
@@ -111,14 +112,11 @@ def require_calibratable(bundle: Bundle, *, overwrite: bool) -> None:
     """
     graphs = bundle.manifest.graphs
     if Precision.FP16.value not in graphs:
-        source = bundle.manifest.source
-        weights = "DIR" if source.weights == "checkpoint" else source.weights
         raise BundleError(
             "INT8 is made from the fp16 graph, and the bundle has none",
             received=f"{bundle.path}: {', '.join(graphs)}",
             expected="a bundle with an fp16 graph",
-            hint=f"flashvlm export {source.model} --weights {weights} --precision fp32,fp16 "
-            f"--output {bundle.path} --overwrite",
+            hint=bundle.export_command(Precision.FP32, Precision.FP16),
         )
     if Precision.INT8.value in graphs and not overwrite:
         raise ConfigError(
@@ -186,7 +184,7 @@ class _Calibration:
         # The INT8 weights are written twice, once with every layer quantised.
         require_free_space(self.work, 3 * weight_bytes(self.structure.graph) + (32 << 20))
         self.progress.step("fp16 graph: hash")
-        graph_sha256 = self._hash_source()
+        graph_sha256 = self.bundle.graph_sha256(Precision.FP16, verify=True)
         ranges = self._ranges(graph_sha256)
         self.progress.step(f"INT8 graph: {len(self.products)} matrix products")
         full = self.work / "full.onnx"
@@ -212,21 +210,6 @@ class _Calibration:
         note(f"tolerance    {settings.tolerance or 'none'}, at budget {settings.budget}, judged on {judged}")
         if self.bundle.manifest.source.weights.startswith("random"):
             note("NOTE: random weights: ranges and figures say nothing about a trained model")
-
-    def _hash_source(self) -> str:
-        """Return one hash over graph and weights; they have to be what the manifest lists."""
-        hashes = []
-        for name in (self.source.name, f"{self.source.name}.data"):
-            if name in self.bundle.manifest.files:
-                hashes.append(sha256_of(self.source.with_name(name)))
-                if hashes[-1] != self.bundle.manifest.files[name].sha256:
-                    raise BundleError(
-                        f"{name} is not what was exported: its content has changed",
-                        received=f"SHA-256 {hashes[-1]}",
-                        expected=self.bundle.manifest.files[name].sha256,
-                        hint="export the bundle again, or copy it again from where it is whole",
-                    )
-        return combined_key(hashes)
 
     def _ranges(self, graph_sha256: str) -> Ranges:
         settings, samples = self.settings, self.split.calibration
@@ -281,9 +264,8 @@ class _Calibration:
     def _stage(self, ranges: Ranges, sensitivity: Sensitivity) -> Path:
         staging = self.work / "staging"
         (staging / install.RANGES).parent.mkdir(parents=True)
-        (staging / install.RANGES).write_bytes(encode_ranges(ranges))
-        table = msgspec.json.format(msgspec.json.encode(sensitivity), indent=2) + b"\n"
-        (staging / install.SENSITIVITY).write_bytes(table)
+        (staging / install.RANGES).write_bytes(encode_record(ranges))
+        (staging / install.SENSITIVITY).write_bytes(encode_record(sensitivity))
         quantised = [layer for layer in self.layers if layer.name not in sensitivity.excluded]
         model = self._quantised(quantised)
         onnx.load_external_data_for_model(model, str(self.bundle.path))

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flashvlm_export.calibration.samples import spread
 from flashvlm_export.errors import ImageError, PromptError, UsageError
 from flashvlm_export.progress import Progress
 
@@ -88,9 +89,7 @@ def images_in(folder: Path, most: int) -> list[Path]:
             expected=f"files that end in {', '.join(sorted(SUFFIXES))}",
             hint="some dozen photographs like those that the model will see are enough",
         )
-    if len(images) <= most:
-        return images
-    return [images[(2 * number + 1) * len(images) // (2 * most)] for number in range(most)]
+    return spread(images, most)
 
 
 def readable(

@@ -103,11 +103,6 @@ def observe_ranges(
     return Ranges(key, graph_sha256, method, percentile, [sample.name for sample in samples], tensors)
 
 
-def encode_ranges(ranges: Ranges) -> bytes:
-    """Return ``ranges`` as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(ranges), indent=2) + b"\n"
-
-
 def decode_ranges(file: Path) -> Ranges | None:
     """Return the ranges in ``file``, or ``None`` if there are none that can be read: they are made again then."""
     try:

@@ -17,6 +17,7 @@ import onnx
 
 from flashvlm_export.calibration.layers import PATCH_FEATURES, PROJECTED_TOKENS
 from flashvlm_export.errors import CalibrationError
+from flashvlm_export.ort import ort_session
 from flashvlm_export.specs import Array, Feeds
 
 
@@ -44,22 +45,11 @@ class Graph:
         file: with its weights beside it.
 
     Raises:
-        CalibrationError: if ONNX Runtime cannot load it.
+        SessionError: if ONNX Runtime cannot load it.
     """
 
     def __init__(self, file: Path) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        try:
-            self._session: Any = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise CalibrationError(
-                f"ONNX Runtime cannot load {file.name}",
-                received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                hint="check the bundle: flashvlm inspect BUNDLE --verify",
-            ) from error
+        self._session: Any = ort_session(file, providers=["CPUExecutionProvider"])
         self.outputs = [output.name for output in self._session.get_outputs()]
         types = {given.name: given.type for given in self._session.get_inputs()}
         self._float_dtype = np.float16 if types.get("text_embeds") == "tensor(float16)" else np.float32

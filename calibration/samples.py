@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flashvlm_export.specs import Array
+
+T = TypeVar("T")
 
 # Held-out images are run through three graphs; more of them cost time and move the figures little.
 _MOST_HELD_OUT = 8
@@ -43,17 +46,17 @@ class Split:
 def split_samples(samples: Sequence[Sample]) -> Split:
     """Hold out every fourth sample, at least one where there are two, at most 8, spread over the list."""
     count = min(_MOST_HELD_OUT, max(len(samples) // 4, 1)) if len(samples) > 1 else 0
-    chosen = {(2 * number + 1) * len(samples) // (2 * count) for number in range(count)}
+    chosen = set(spread(range(len(samples)), count))
     return Split(
         [sample for index, sample in enumerate(samples) if index not in chosen],
         [sample for index, sample in enumerate(samples) if index in chosen],
     )
 
 
-def spread(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Return at most ``count`` samples, spread evenly over the list."""
-    count = min(count, len(samples))
-    return [samples[(2 * number + 1) * len(samples) // (2 * count)] for number in range(count)]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return at most ``count`` of ``items``, spread evenly over the list."""
+    count = min(count, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
 def combined_key(parts: Sequence[str]) -> str:

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashvlm_export import __version__
-from flashvlm_export.bundle import MANIFEST, PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
-from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, FlashVLMError, StorageError
+from flashvlm_export.bundle import PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
+from flashvlm_export.errors import (
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    FlashVLMError,
+    StorageError,
+    install_hint,
+)
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.export.checks import check_graph
 from flashvlm_export.export.engine_check import check_engine_builds
@@ -24,6 +31,7 @@ from flashvlm_export.export.text_model import count_text_parameters, text_model_
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
 from flashvlm_export.manifest import (
+    MANIFEST,
     SCHEMA_VERSION,
     DecoderEntry,
     GraphEntry,
@@ -164,7 +172,7 @@ def _check_settings(settings: ExportSettings) -> None:
         )
     if settings.engine_check == "required" and not is_installed("tensorrt-rtx"):
         raise DependencyError(
-            "the engine check needs TensorRT-RTX", hint="in a clone: pip install '.[rtx]', or use --engine-check auto"
+            "the engine check needs TensorRT-RTX", hint=f"{install_hint('rtx')}; or use --engine-check auto"
         )
     with storage_errors(settings.output):
         is_taken = settings.output.exists()

@@ -112,7 +112,10 @@ def check_graph(
         worst = max(worst, _encoder_error(case, want, probe, precision))
         rows_exact, rows_tied = _selection_agreement(case, feed, probe, config)
         exact, tied = exact + rows_exact, tied + rows_tied
-        overlap = min(overlap, _shipped_overlap(case, probe, ship, precision, _scored(config, case.budget)))
+        overlap = min(
+            overlap,
+            _shipped_overlap(case, probe, ship, precision, min(config.important_tokens(case.budget), case.budget // 2)),
+        )
     return CheckReport(len(cases), worst, exact, tied, overlap)
 
 
@@ -195,11 +198,6 @@ def _is_tie(arrays: list[Array], mask: Array, budget: int, config: Any, kept: Ar
         if not np.array_equal(_oracle(noisy, mask, budget, config), kept):
             return True
     return False
-
-
-def _scored(config: Any, budget: int) -> int:
-    """Return how many kept tokens the selector chooses by score alone, as far as it says."""
-    return int(min(getattr(config, "important_ratio", 0.0), 0.5) * budget)
 
 
 def _shipped_overlap(

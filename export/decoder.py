@@ -21,7 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from flashvlm_export.errors import CheckpointError, ConfigError, DependencyError, ExportError, StorageError
+from flashvlm_export.errors import (
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    ExportError,
+    StorageError,
+    install_hint,
+)
 from flashvlm_export.export.child import run_child
 from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, head_size, pad_heads
 from flashvlm_export.files import require_free_space, storage_errors
@@ -138,7 +145,7 @@ def _require_builder() -> None:
         raise DependencyError(
             "exporting the language model needs onnxruntime-genai's model builder",
             received=f"not installed: {', '.join(missing)}",
-            hint="in a clone of flashvlm-export: pip install '.[llm]'; or leave the decoder out: --decoder none",
+            hint=f"{install_hint('llm')}; or leave the decoder out: --decoder none",
         )
 
 

@@ -17,26 +17,24 @@ from flashvlm_export.engines import (
     BuildSettings,
     Engine,
     EngineEntry,
-    build_command,
     engine_file,
-    graph_fingerprint,
     sidecar_of,
     write_entry,
 )
-from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError
+from flashvlm_export.errors import DependencyError, StorageError, TargetError
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import Profile, format_profile, resolve_profiles
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
-from flashvlm_export.targets import PORTABLE, RTX_CAPABILITIES, TARGETS, Capability, find_target, format_capability
+from flashvlm_export.targets import PORTABLE, RTX_CAPABILITIES, Target, find_target, format_capability
 from flashvlm_export.tensorrt_api import Backend
 
-# Largest resident memory of a build per byte of weights, and what a builder takes before it has read any: measured with
-# TensorRT-RTX 1.7 on full-size graphs.
-_MEMORY_PER_WEIGHT_BYTE = 3.5
-_MEMORY_AT_REST_BYTES = 1 << 30
+# Largest resident memory of a build per byte of weights, and besides: above what TensorRT-RTX 1.7 was seen to take for
+# the full-size fp16 graph (2.0 GB for 0.62 GB of weights, 0.4 GB for a tiny one).
+_MEMORY_PER_WEIGHT_BYTE = 3.0
+_MEMORY_AT_REST_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -64,77 +62,70 @@ class EngineSettings:
     overwrite: bool = False
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where an engine is to run, and what builds it."""
-
-    name: str
-    backend: Backend
-    capabilities: tuple[Capability, ...]
-    note: str
-
-
 def engine_from_bundle(settings: EngineSettings, progress: Progress | None = None) -> Engine:
     """Build an engine into the bundle and return it; on any error the bundle is as it was.
 
     Raises:
         BundleError, ConfigError, DependencyError, ExportError, StorageError: see their messages.
-        TargetError: the engine has to be built on another machine; the message has the command.
+        TargetError: the engine cannot be built on this machine; where it can on another, the message has the command.
     """
     progress = progress or Progress()
     bundle = Bundle.open(settings.bundle)
-    destination = resolve_destination(settings, bundle, gpu_at_hand())
+    gpu = gpu_at_hand()
+    target = resolve_target(settings.target, gpu)
+    backend = resolve_backend(settings, target, gpu)
     graph = bundle.graph_file(settings.precision)
     spec = bundle.manifest.graphs[settings.precision.value].spec
     profiles = resolve_profiles(spec, settings.profiles)
-    target = engine_file(bundle, destination.name, settings.precision)
-    weights_bytes = sum(
-        entry.size_bytes for name, entry in bundle.manifest.files.items() if name.startswith(graph.name)
-    )
-    _print_settings(settings, destination, profiles, weights_bytes, progress)
+    file = engine_file(bundle, target.name, settings.precision)
+    weights_bytes = sum(entry.size_bytes for entry in bundle.graph_files(settings.precision).values())
+    _print_settings(settings, target, backend, profiles, weights_bytes, progress)
+    if settings.target is None and gpu is None:
+        progress.note(f"NOTE: no GPU at hand: this is a portable engine for {target.devices}")
     with bundle_lock(bundle.path):
-        if sidecar_of(target).exists() and not settings.overwrite:
+        if sidecar_of(file).exists() and not settings.overwrite:
             raise StorageError(
                 "the bundle has an engine for this target and precision",
-                received=target,
+                received=file,
                 expected="a new one, or --overwrite",
                 hint="add --overwrite to replace it once the new one is whole, or remove it",
             )
-        Bundle.open(bundle.path, verify=True)  # an engine of a damaged graph would be damaged for good
         _require_memory(weights_bytes)
-        require_free_space(target, weights_bytes * len(destination.capabilities or (0,)))
-        progress.step(f"building with {destination.backend}")
+        require_free_space(file, weights_bytes * len(target.compute_capabilities))
+        # An engine of a damaged graph would be damaged for good.
+        graph_sha256 = bundle.graph_sha256(settings.precision, verify=True)
+        progress.step(f"building with {backend}")
         start = time.perf_counter()
-        with storage_errors(target):
-            target.parent.mkdir(exist_ok=True)
-            for leftover in target.parent.glob(".*.partial"):  # of a killed build: nobody else writes under the lock
+        with storage_errors(file):
+            file.parent.mkdir(exist_ok=True)
+            for leftover in file.parent.glob(".*.partial"):  # of a killed build: nobody else writes under the lock
                 leftover.unlink()
-            with atomic_write(target) as temporary:
+            with atomic_write(file) as temporary:
                 with temporary.open("wb") as output:
                     built = engine_from_onnx(
                         graph,
                         spec,
-                        destination.backend,
+                        backend,
                         output,
                         profiles=profiles,
-                        capabilities=destination.capabilities,
+                        capabilities=target.compute_capabilities,
                         settings=settings.build,
                         timing_cache=_read_cache(settings.timing_cache),
                         progress=progress,
                     )
                 build_s = time.perf_counter() - start
-                progress.step(f"writing {target}")
+                progress.step(f"writing {file}")
                 digest, size_bytes = sha256_of(temporary), temporary.stat().st_size
                 # From here to the sidecar's own writing, a kill leaves an engine that nothing lists.
-                sidecar_of(target).unlink(missing_ok=True)
+                sidecar_of(file).unlink(missing_ok=True)
         entry = EngineEntry(
             schema_version=SCHEMA_VERSION,
-            target=destination.name,
-            backend=destination.backend,
-            backend_version=str(tensorrt_api.load(destination.backend).__version__),
-            compute_capabilities=[format_capability(capability) for capability in destination.capabilities],
+            target=target.name,
+            backend=backend,
+            backend_version=str(tensorrt_api.load(backend).__version__),
+            compute_capabilities=[format_capability(capability) for capability in target.compute_capabilities],
             precision=settings.precision.value,
-            graph_sha256=graph_fingerprint(bundle, settings.precision),
+            graph_sha256=graph_sha256,
             engine_sha256=digest,
             size_bytes=size_bytes,
             profiles=[list(profile) for profile in profiles],
@@ -143,92 +134,72 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             census=built.census,
         )
-        write_entry(target, entry)
+        write_entry(file, entry)
     if settings.timing_cache is not None and built.timing_cache is not None:
         with atomic_write(settings.timing_cache) as temporary:
             temporary.write_bytes(built.timing_cache)
-    progress.step(f"engine written: {target}")
-    return Engine(target, entry)
+    progress.step(f"engine written: {file}")
+    return Engine(file, entry)
 
 
-def resolve_destination(settings: EngineSettings, bundle: Bundle, gpu: Gpu | None) -> Destination:
-    """Return where the engine is to run and what builds it; ``gpu`` is the one at hand.
+def resolve_target(name: str | None, gpu: Gpu | None) -> Target:
+    """Return the row called ``name``; without a name one for the GPU at hand, or without a GPU the portable one.
 
     Raises:
         ConfigError: unknown target.
-        DependencyError: the library that can build it is not installed.
-        TargetError: it cannot be built on this machine.
     """
-    if settings.target is None and gpu is None:
-        portable = TARGETS[PORTABLE]
-        note = "no GPU at hand: one portable TensorRT-RTX engine for " + portable.devices
-        return _with_backend(settings, PORTABLE, portable.compute_capabilities, None, portable.machine, bundle, note)
-    if settings.target is None and gpu is not None:
-        name = f"sm{gpu.capability[0]}{gpu.capability[1]}"
-        return _with_backend(settings, name, (gpu.capability,), gpu, platform.machine(), bundle, f"this {gpu.name}")
-    target = find_target(settings.target or "")
-    if settings.precision not in target.precisions:
-        raise ConfigError(
-            f"{target.devices} does not take this precision",
-            received=settings.precision.value,
-            expected=", ".join(precision.value for precision in target.precisions),
-        )
-    return _with_backend(
-        settings, target.name, target.compute_capabilities, gpu, target.machine, bundle, target.devices
-    )
+    if name is not None:
+        return find_target(name)
+    if gpu is None:
+        return find_target(PORTABLE)
+    return Target("sm{}{}".format(*gpu.capability), gpu.name, (gpu.capability,), platform.machine())
 
 
-def _with_backend(
-    settings: EngineSettings,
-    name: str,
-    capabilities: tuple[Capability, ...],
-    gpu: Gpu | None,
-    machine: str,
-    bundle: Bundle,
-    note: str,
-) -> Destination:
-    is_at_hand = gpu is not None and capabilities == (gpu.capability,) and machine == platform.machine()
-    compiles_ahead = machine == platform.machine() and set(capabilities) <= set(RTX_CAPABILITIES)
+def resolve_backend(settings: EngineSettings, target: Target, gpu: Gpu | None) -> Backend:
+    """Return the library that builds for ``target`` on this machine; ``gpu`` is the one at hand.
+
+    Raises:
+        DependencyError: the library that can build it is not installed.
+        TargetError: it cannot be built on this machine; the message has the command for the other one.
+    """
     possible: list[Backend] = []
-    if is_at_hand:
-        possible.append("tensorrt")
-    if compiles_ahead:
-        possible.append("tensorrt-rtx")
+    if target.machine == platform.machine():
+        if gpu is not None and target.compute_capabilities == (gpu.capability,):
+            possible.append("tensorrt")
+        if set(target.compute_capabilities) <= set(RTX_CAPABILITIES):
+            possible.append("tensorrt-rtx")
     wanted = [backend for backend in possible if settings.backend in ("auto", backend)]
     if not wanted:
         here = "no GPU" if gpu is None else f"{gpu.name}, compute capability {format_capability(gpu.capability)}"
         raise TargetError(
-            f"an engine for {name} has to be built on that device",
+            f"an engine for {target.name} has to be built on that device",
             received=f"this machine: {platform.machine()}, {here}; --backend {settings.backend}",
-            expected=f"{machine} with compute capability {', '.join(map(format_capability, capabilities))}",
-            hint=f"copy {bundle.path} there and run: {build_command(bundle, settings.precision.value)}"
-            " --backend tensorrt",
+            expected=f"{target.machine} with compute capability {target.capabilities}",
+            hint=f"copy {settings.bundle} there and run: flashvlm build {settings.bundle} "
+            f"--precision {settings.precision.value} --backend tensorrt",
         )
     installed = [backend for backend in wanted if tensorrt_api.is_installed(backend)]
     if not installed:
         raise DependencyError(
             "no library that builds this engine is installed",
             expected=" or ".join(wanted),
-            hint="in a clone of flashvlm-export: pip install '.[rtx]'"
-            if "tensorrt-rtx" in wanted
-            else "install TensorRT",
+            hint=" or ".join(map(tensorrt_api.install_hint, wanted)),
         )
-    return Destination(name, installed[0], capabilities, note)
+    return installed[0]
 
 
 def _print_settings(
     settings: EngineSettings,
-    destination: Destination,
+    target: Target,
+    backend: Backend,
     profiles: Sequence[Profile],
     weights_bytes: int,
     progress: Progress,
 ) -> None:
     build = settings.build
     progress.step(f"engine of {settings.bundle}, {settings.precision.value}")
-    progress.note(f"target       {destination.name}: {destination.note}")
-    progress.note(f"backend      {destination.backend}")
-    if destination.backend == "tensorrt-rtx":
-        progress.note(f"compiled for compute capability {', '.join(map(format_capability, destination.capabilities))}")
+    progress.note(f"target       {target.name}: {target.devices}, compute capability {target.capabilities}")
+    progress.note(f"backend      {backend}")
     for profile in profiles:
         progress.note(f"profile      {format_profile(profile)}")
     workspace = "all of the GPU" if build.workspace_bytes is None else f"{build.workspace_bytes / 1e6:.0f} MB"
@@ -242,7 +213,7 @@ def _print_settings(
         progress.note("modes        " + ", ".join(name for name, on in modes.items() if on))
     progress.note(
         f"needs about  {_memory_bytes(weights_bytes) / 1e9:.1f} GB of memory, "
-        f"{weights_bytes * len(destination.capabilities) / 1e9:.2f} GB of disk at most"
+        f"{weights_bytes * len(target.compute_capabilities) / 1e9:.2f} GB of disk at most"
     )
 
 
@@ -251,11 +222,11 @@ def _memory_bytes(weights_bytes: int) -> int:
 
 
 def _require_memory(weights_bytes: int) -> None:
-    """Raise :class:`StorageError` where the build would be killed half-way."""
+    """Raise :class:`TargetError` where the build would be killed half-way."""
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     if available < _memory_bytes(weights_bytes):
-        raise StorageError(
+        raise TargetError(
             "not enough memory to build this engine",
             received=f"{available / 1e9:.1f} GB available",
             expected=f"about {_memory_bytes(weights_bytes) / 1e9:.1f} GB",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flashvlm_export.errors import ExportError
+from flashvlm_export.errors import ExportError, SessionError
 from flashvlm_export.export.child import run_child
+from flashvlm_export.ort import ort_session
 from flashvlm_export.specs import Array, Feeds
 
 
@@ -41,11 +42,10 @@ def ort_outputs(file: Path, feeds: list[Feeds]) -> list[dict[str, Array]]:
 
 def main(file: str, feeds: str, outputs: str) -> None:
     """Run ``file`` on every set of inputs in ``feeds`` and write all outputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    try:
+        session = ort_session(Path(file), providers=["CPUExecutionProvider"])
+    except SessionError as error:
+        raise SystemExit(str(error.received)) from error  # one line, for the parent's message
     names = [output.name for output in session.get_outputs()]
     _save(Path(outputs), [dict(zip(names, session.run(names, feed), strict=True)) for feed in _load(Path(feeds))])
 

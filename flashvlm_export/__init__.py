@@ -8,6 +8,10 @@
 - ``targets.py``    devices that engines are built for
 - ``profiles.py``   ranges of batch, text length and budget of an engine
 - ``engines.py``    engines of a bundle and their sidecars
+- ``records.py``    JSON records: encoded, decoded strictly
+- ``ort.py``        opening ONNX Runtime sessions
+- ``gpu.py``        the GPU at hand
+- ``tensorrt_api.py`` where TensorRT's versions and TensorRT-RTX differ
 - ``interrupts.py`` Ctrl-C and SIGTERM inside of libraries that swallow them
 - ``progress.py``   steps and bars on standard error
 - ``selection/``    selectors: settings, NumPy definition, torch module

@@ -15,16 +15,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashvlm_export.errors import BundleError, ConfigError
 from flashvlm_export.files import atomic_write, sha256_of
-from flashvlm_export.manifest import FileEntry, Manifest, decode_manifest, encode_manifest
+from flashvlm_export.manifest import MANIFEST, FileEntry, Manifest, decode_manifest
+from flashvlm_export.records import encode_record
 from flashvlm_export.specs import Precision
 
-MANIFEST = "manifest.json"
 TEXT_EMBEDDINGS = "text_embeddings.npy"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -71,7 +72,7 @@ class Bundle:
             raise BundleError(
                 f"the bundle has no {name}",
                 received=f"{self.path}: {', '.join(sorted(self.manifest.files))}",
-                hint=f"export again from a checkpoint that has it: {self._export_again()}",
+                hint=f"export again from a checkpoint that has it: {self.export_command()}",
             )
         return self.path / name
 
@@ -85,15 +86,49 @@ class Bundle:
                 expected=f"one of {', '.join(self.manifest.graphs)}",
                 hint=f"flashvlm calibrate {self.path}"
                 if precision is Precision.INT8
-                else f"{self._export_again()} --precision {','.join([*self.manifest.graphs, precision.value])}",
+                else self.export_command(*map(Precision, self.manifest.graphs), precision),
             )
         return self.file(entry.file)
 
-    def _export_again(self) -> str:
-        """Return the command that replaces this bundle."""
+    def graph_files(self, precision: Precision) -> dict[str, FileEntry]:
+        """Return the files of the graph for ``precision``: the ONNX file and its weights.
+
+        Raises:
+            ConfigError: if the bundle has no such graph.
+        """
+        graph = self.graph_file(precision).name
+        return {name: entry for name, entry in sorted(self.manifest.files.items()) if name.startswith(graph)}
+
+    def graph_sha256(self, precision: Precision, *, verify: bool = False) -> str:
+        """Return one hash over the files of a graph, from the manifest.
+
+        Args:
+            precision: of the graph.
+            verify: read the files, and refuse what the manifest does not say.
+
+        Raises:
+            BundleError: if a file is not what was written.
+            ConfigError: if the bundle has no such graph.
+        """
+        files = self.graph_files(precision)
+        for name, entry in files.items() if verify else ():
+            have = sha256_of(self.path / name)
+            if have != entry.sha256:
+                raise BundleError(
+                    f"{name} is damaged: its content has changed",
+                    received=f"SHA-256 {have}",
+                    expected=entry.sha256,
+                    hint=f"copy it again from where it is whole, or export it again: {self.export_command()}",
+                )
+        return hashlib.sha256("\n".join(f"{name} {entry.sha256}" for name, entry in files.items()).encode()).hexdigest()
+
+    def export_command(self, *precisions: Precision) -> str:
+        """Return the command that replaces this bundle, by one with ``precisions`` if any are named."""
         source = self.manifest.source
         weights = "DIR" if source.weights == "checkpoint" else source.weights
-        return f"flashvlm export {source.model} --weights {weights} --output {self.path} --overwrite"
+        command = f"flashvlm export {source.model} --weights {weights} --output {self.path} --overwrite"
+        names = ",".join(precision.value for precision in precisions)
+        return f"{command} --precision {names}" if names else command
 
     def _check_files(self, verify: bool) -> None:
         problems = []
@@ -112,7 +147,7 @@ class Bundle:
                 "the bundle is damaged",
                 received="\n            ".join([str(self.path), *problems]),
                 expected="every file as manifest.json lists it",
-                hint=f"copy it again from where it is whole, or export it again: {self._export_again()}",
+                hint=f"copy it again from where it is whole, or export it again: {self.export_command()}",
             )
 
 
@@ -137,4 +172,4 @@ def describe_files(directory: Path, on_bytes: Callable[[int], object] = lambda c
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` atomically."""
     with atomic_write(directory / MANIFEST) as temporary:
-        temporary.write_bytes(encode_manifest(manifest))
+        temporary.write_bytes(encode_record(manifest))

@@ -6,15 +6,13 @@ another graph is known before anything loads it.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError
 from flashvlm_export.files import atomic_write, sha256_of
+from flashvlm_export.records import decode_record, encode_record
 from flashvlm_export.specs import DynamicDim, Precision
 from flashvlm_export.targets import TARGETS
 
@@ -52,7 +50,7 @@ class EngineEntry:
         backend_version: of the library that built it.
         compute_capabilities: GPUs it holds code for, such as ``8.7``.
         precision: of the graph it was built from.
-        graph_sha256: over the graph and its weights, see :func:`graph_fingerprint`.
+        graph_sha256: over the graph and its weights, see :meth:`Bundle.graph_sha256`.
         engine_sha256: of the engine file.
         size_bytes: of the engine file.
         profiles: one or more; each lists the ranges of ``batch``, ``text`` and ``budget``.
@@ -91,17 +89,6 @@ def engine_file(bundle: Bundle, target: str, precision: Precision) -> Path:
     return bundle.path / ENGINES / f"{target}.{precision.value}.engine"
 
 
-def graph_fingerprint(bundle: Bundle, precision: Precision) -> str:
-    """Return one hash over the ONNX file of ``precision`` and its weights, from the manifest.
-
-    Raises:
-        ConfigError: if the bundle has no such graph.
-    """
-    name = bundle.graph_file(precision).name
-    parts = [f"{file} {entry.sha256}" for file, entry in sorted(bundle.manifest.files.items()) if file.startswith(name)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def list_engines(bundle: Bundle) -> list[Engine]:
     """Return the engines that have a sidecar, by name; files without one are leftovers of a killed build."""
     sidecars = sorted((bundle.path / ENGINES).glob("*.engine.json"))
@@ -133,21 +120,24 @@ def find_engine(bundle: Bundle, precision: Precision | None = None, target: str 
     )
 
 
-def check_engine(bundle: Bundle, engine: Engine) -> None:
-    """Raise :class:`BundleError` unless the file is the one that was built, from the graph that the bundle has now."""
+def check_engine(bundle: Bundle, engine: Engine, *, verify: bool = True) -> None:
+    """Raise :class:`BundleError` unless the file is the one that was built, from the graph that the bundle has now.
+
+    Without ``verify`` the file's size stands for its content.
+    """
     entry = engine.entry
     command = build_command(bundle, entry.precision, entry.target) + " --overwrite"
     if not engine.file.is_file():
         raise BundleError("the engine file is missing", received=engine.file, hint=command)
     size = engine.file.stat().st_size
-    if size != entry.size_bytes or sha256_of(engine.file) != entry.engine_sha256:
+    if size != entry.size_bytes or (verify and sha256_of(engine.file) != entry.engine_sha256):
         raise BundleError(
             "the engine file is damaged",
             received=f"{engine.file}: {size} bytes",
             expected=f"the {entry.size_bytes} bytes with the SHA-256 of its sidecar",
             hint=f"build it again: {command}",
         )
-    if entry.graph_sha256 != graph_fingerprint(bundle, Precision(entry.precision)):
+    if entry.graph_sha256 != bundle.graph_sha256(Precision(entry.precision)):
         raise BundleError(
             "the engine was built from another graph than the bundle has now",
             received=engine.file,
@@ -158,7 +148,7 @@ def check_engine(bundle: Bundle, engine: Engine) -> None:
 def write_entry(engine: Path, entry: EngineEntry) -> None:
     """Write the sidecar of ``engine`` atomically."""
     with atomic_write(sidecar_of(engine)) as temporary:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(entry), indent=2) + b"\n")
+        temporary.write_bytes(encode_record(entry))
 
 
 def sidecar_of(engine: Path) -> Path:
@@ -173,21 +163,10 @@ def build_command(bundle: Bundle, precision: str, target: str | None = None) -> 
 
 
 def _read_entry(file: Path) -> EngineEntry:
-    hint = "remove it, and build the engine again"
-    try:
-        content = file.read_bytes()
-        version = msgspec.json.decode(content, type=_Version).schema_version
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                "the engine was built by a newer flashvlm-export",
-                received=f"{file}: schema version {version}",
-                expected=f"at most {SCHEMA_VERSION}",
-                hint="upgrade this package: pip install --upgrade flashvlm-export",
-            )
-        return msgspec.json.decode(content, type=EngineEntry)
-    except msgspec.DecodeError as error:
-        raise BundleError("the sidecar of an engine is damaged", received=f"{file}: {error}", hint=hint) from error
-
-
-class _Version(msgspec.Struct):
-    schema_version: int
+    return decode_record(
+        file.read_bytes(),
+        EngineEntry,
+        newest=SCHEMA_VERSION,
+        what=str(file),
+        mend="remove it, and build the engine again",
+    )

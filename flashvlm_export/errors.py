@@ -12,7 +12,7 @@
     ├── BundleError           a bundle that is missing, damaged, half-written or too new
     ├── ExportError           the exported graph did not pass a check
     ├── CalibrationError      images that give no usable ranges, or an INT8 graph outside its tolerance
-    ├── TargetError           the engine has to be built on another machine
+    ├── TargetError           the engine cannot be built on this machine
     ├── SessionError          a backend that is missing, or inputs it cannot take
     ├── LLMError              the language model cannot take this prompt
     ├── StorageError          not enough disk space, or a path that cannot be written
@@ -22,6 +22,11 @@ Each message says what was received, what was expected, and what to do next.
 """
 
 from __future__ import annotations
+
+
+def install_hint(extra: str) -> str:
+    """Return how to install what an extra of this package stands for."""
+    return f"in a clone of flashvlm-export: pip install '.[{extra}]'"
 
 
 class FlashVLMError(Exception):
@@ -86,7 +91,7 @@ class ExportError(FlashVLMError):
 
 
 class TargetError(FlashVLMError):
-    """The engine cannot be built on this machine for the target that was asked for."""
+    """The engine cannot be built on this machine: it lacks the device, or the memory."""
 
 
 class CalibrationError(FlashVLMError):

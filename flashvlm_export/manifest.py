@@ -1,6 +1,6 @@
 """``manifest.json``: what a bundle holds and how its parts fit together (schema version 1).
 
-Decoded strictly by msgspec: a missing field or a wrong type names its place in the file.
+Decoded strictly: a missing field or a wrong type names its place in the file (see ``records.py``).
 """
 
 from __future__ import annotations
@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
-from flashvlm_export.errors import BundleError
+from flashvlm_export.records import decode_record
 from flashvlm_export.specs import GraphSpec, VisualDims
 
+MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
 
@@ -135,31 +134,13 @@ class Manifest:
             raise ValueError("a bundle has at least one graph")
 
 
-def encode_manifest(manifest: Manifest) -> bytes:
-    """Return ``manifest`` as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
-
-
 def decode_manifest(content: bytes) -> Manifest:
     """Return the manifest in ``content``; raise :class:`BundleError` if it is no manifest, or a newer one."""
-    try:
-        version = msgspec.json.decode(content, type=_Version).schema_version
-        if version > SCHEMA_VERSION:
-            raise BundleError(
-                "the bundle was written by a newer flashvlm-export",
-                received=f"manifest schema version {version}",
-                expected=f"at most {SCHEMA_VERSION}",
-                hint="upgrade this package: pip install --upgrade flashvlm-export",
-            )
-        return msgspec.json.decode(content, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise BundleError(
-            "manifest.json is damaged",
-            received=str(error),
-            hint="copy it again from where it is whole, or export it again: "
-            "flashvlm export MODEL --output BUNDLE --overwrite",
-        ) from error
-
-
-class _Version(msgspec.Struct):
-    schema_version: int
+    return decode_record(
+        content,
+        Manifest,
+        newest=SCHEMA_VERSION,
+        what=MANIFEST,
+        mend="copy it again from where it is whole, or export it again: "
+        "flashvlm export MODEL --output BUNDLE --overwrite",
+    )

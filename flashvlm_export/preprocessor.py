@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, TypeGuard
 import msgspec
 
 from flashvlm_export.errors import BundleError, ConfigError
+from flashvlm_export.records import encode_record
 
 Triple: TypeAlias = "tuple[float, float, float]"
 
@@ -100,7 +101,7 @@ class PreprocessorSettings:
 
 def encode_preprocessor(settings: PreprocessorSettings) -> bytes:
     """Return ``settings`` as indented JSON; floats keep every bit."""
-    return msgspec.json.format(msgspec.json.encode(settings), indent=2) + b"\n"
+    return encode_record(settings)
 
 
 def decode_preprocessor(content: bytes) -> PreprocessorSettings:

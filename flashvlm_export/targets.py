@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashvlm_export.errors import ConfigError
-from flashvlm_export.specs import Precision
 
 Capability = tuple[int, int]
 
@@ -33,18 +32,21 @@ class Target:
         devices: what it covers.
         compute_capabilities: of its GPUs; an engine for the target holds code for each.
         machine: processor of the host: ``x86_64`` or ``aarch64``.
-        memory_gb: of the smallest device that the name covers; on a Jetson the processor shares it.
-        jetpack: for Jetsons, the release that the packed runtime is meant for.
-        precisions: number formats that its tensor cores take.
+        memory_gb: of the smallest device that the name covers; on a Jetson the processor shares it. 0 where unknown.
+        jetpack: for Jetsons, the release that the engine is meant for.
     """
 
     name: str
     devices: str
     compute_capabilities: tuple[Capability, ...]
     machine: str
-    memory_gb: int
+    memory_gb: int = 0
     jetpack: JetPack | None = None
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.FP16, Precision.INT8)
+
+    @property
+    def capabilities(self) -> str:
+        """The compute capabilities as text: ``8.6, 8.9``."""
+        return ", ".join(map(format_capability, self.compute_capabilities))
 
 
 _JETPACK_6 = JetPack("6.2", "10.3", "3.10", "12.6")

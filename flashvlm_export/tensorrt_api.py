@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from flashvlm_export import errors
 from flashvlm_export.errors import ConfigError, DependencyError, ExportError
 from flashvlm_export.targets import RTX_CAPABILITIES, Capability, format_capability
 
@@ -27,7 +28,6 @@ Backend = Literal["tensorrt", "tensorrt-rtx"]
 BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}
 
 
 def as_backend(name: str) -> Backend:
@@ -36,6 +36,13 @@ def as_backend(name: str) -> Backend:
         if name == backend:
             return backend
     raise ConfigError("unknown backend", received=repr(name), expected=" or ".join(BACKENDS))
+
+
+def install_hint(backend: Backend) -> str:
+    """Return how to get the library of ``backend``."""
+    if backend == "tensorrt-rtx":
+        return errors.install_hint("rtx")
+    return f"{errors.install_hint('tensorrt')}; on a Jetson it comes with JetPack: use --system-site-packages"
 
 
 def is_installed(backend: Backend) -> bool:
@@ -56,8 +63,7 @@ def load(backend: Backend) -> Any:
             f"{backend} cannot be loaded",
             received=f"{type(error).__name__}: {error}",
             expected=f"the package {_MODULES[backend]}",
-            hint=f"in a clone of flashvlm-export: pip install '.[{_EXTRAS[backend]}]'; on a Jetson, it comes with "
-            "JetPack: create the environment with --system-site-packages",
+            hint=install_hint(backend),
         ) from error
 
 

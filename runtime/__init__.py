@@ -8,6 +8,5 @@
 - ``graph_inputs.py`` photographs and questions as inputs of the graph, for calibration
 - ``sessions/``      backends of the visual graph
 - ``llm/``           language-model engines
-- ``ort.py``         opening ONNX Runtime sessions
 - ``heatmap.py``     pictures of what was kept
 """

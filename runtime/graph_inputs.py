@@ -1,7 +1,7 @@
-"""Photographs and questions as inputs of the visual graph, one at a time: what calibration feeds it with.
+"""Photographs and questions as inputs of the visual graph.
 
 No session and no language model: a bundle made for sizing, without a tokenizer, works too. Its text is then seeded
-rows of the embedding table, and :attr:`GraphInputs.has_tokenizer` says so.
+rows of the embedding table, which calibration can do with.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ def visual_feeds(pixels: Array, guides: Sequence[Rows], budget: int) -> dict[str
 
 
 class GraphInputs:
-    """Makes the inputs of one image and one question.
+    """What stands before the visual session: the parts of a bundle that turn images and questions into its inputs.
 
     Args:
         bundle: an opened bundle.
+
+    Attributes:
+        embeddings: the embedding table.
+        preprocess: images to ``pixel_values``.
+        prompts: questions to tokens; ``None`` without a tokenizer.
 
     Raises:
         BundleError: if its tokenizer, embedding table or preprocessor cannot be read.
     """
 
     def __init__(self, bundle: Bundle) -> None:
-        self._embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
-        self._preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
-        self._prompts: PromptBuilder | None = None
+        self.embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
+        self.preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
+        self.prompts: PromptBuilder | None = None
         if bundle.manifest.prompt is not None:
             template = bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")
-            self._prompts = PromptBuilder(bundle.file(TOKENIZER), template, bundle.manifest.prompt)
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether questions can be put into words; otherwise text is seeded rows of the embedding table."""
-        return self._prompts is not None
+            self.prompts = PromptBuilder(bundle.file(TOKENIZER), template, bundle.manifest.prompt)
 
     def text_rows(self, question: str, precision: Precision) -> Rows:
         """Return the embeddings ``[L, D]`` of the whole templated prompt without its image placeholder.
@@ -70,19 +70,19 @@ class GraphInputs:
             PromptError: if the question is empty or holds a placeholder.
             UsageError: if the bundle has no tokenizer.
         """
-        if self._prompts is None:
+        if self.prompts is None:
             raise UsageError(
                 "the bundle cannot read questions: it has no tokenizer",
                 received=repr(question),
                 expected="a bundle exported from a checkpoint with a tokenizer",
                 hint="leave the prompts out: random rows of the embedding table stand in for them",
             )
-        return self._embeddings.lookup(self._prompts.chat(question).text_ids("prompt"), precision.float_dtype)
+        return self.embeddings.lookup(self.prompts.chat(question).text_ids("prompt"), precision.float_dtype)
 
     def random_text_rows(self, seed: int, precision: Precision) -> Rows:
         """Return ``[24, D]`` rows of the embedding table, the same ones for the same ``seed``."""
-        ids = np.random.default_rng(seed).integers(0, self._embeddings.vocab_size, _RANDOM_TEXT)
-        return self._embeddings.lookup(ids, precision.float_dtype)
+        ids = np.random.default_rng(seed).integers(0, self.embeddings.vocab_size, _RANDOM_TEXT)
+        return self.embeddings.lookup(ids, precision.float_dtype)
 
     def feeds(self, image: ImageSource, text_rows: Rows, budget: int) -> dict[str, Array]:
         """Return the graph's inputs, of batch 1.
@@ -90,4 +90,4 @@ class GraphInputs:
         Raises:
             ImageError: if the image cannot be read.
         """
-        return visual_feeds(self._preprocess([load_image(image)]), [text_rows], budget)
+        return visual_feeds(self.preprocess([load_image(image)]), [text_rows], budget)

@@ -19,15 +19,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flashvlm_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
+from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, UsageError
-from flashvlm_export.preprocessor import decode_preprocessor
-from flashvlm_export.runtime.embeddings import TextEmbeddings, splice
-from flashvlm_export.runtime.graph_inputs import visual_feeds
+from flashvlm_export.runtime.embeddings import splice
+from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.images import ImageSource, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
-from flashvlm_export.runtime.preprocess import ImagePreprocessor
-from flashvlm_export.runtime.prompt import PromptBuilder, TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.prompt import TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.specs import Array, Precision, check_budget
 
@@ -98,7 +96,8 @@ class Pipeline:
     """
 
     def __init__(self, bundle: Bundle, session: VisualSession, llm: LLMEngine | None) -> None:
-        if bundle.manifest.prompt is None:
+        inputs = GraphInputs(bundle)
+        if inputs.prompts is None:
             raise BundleError(
                 "the bundle takes no questions: it has no tokenizer",
                 received=f"{bundle.path}, exported from {bundle.manifest.source.weights}",
@@ -108,13 +107,7 @@ class Pipeline:
         self.bundle = bundle
         self.session = session
         self.llm = llm
-        self.embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
-        self.preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
-        self.prompts = PromptBuilder(
-            bundle.file(TOKENIZER),
-            bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8"),
-            bundle.manifest.prompt,
-        )
+        self.embeddings, self.preprocess, self.prompts = inputs.embeddings, inputs.preprocess, inputs.prompts
 
     @classmethod
     def open(

@@ -21,7 +21,7 @@ ROOMS = ("export", "calibration", "runtime")
 # What each room may import besides the standard library, the light base dependencies and `flashvlm_export` itself.
 BASE = {"jinja2", "msgspec", "numpy", "PIL", "tokenizers", "tqdm"}
 ALLOWED = {
-    "": {"cuda"},
+    "": {"cuda", "onnxruntime"},
     "models": {"torch", "transformers", "optimum"},
     "selection": {"torch"},
     "cli": set(),

@@ -10,6 +10,7 @@ from flashvlm_export.engines import BuildSettings
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
 from flashvlm_export.targets import TARGETS
+from flashvlm_export.tensorrt_api import BACKENDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
-        choices=("auto", "tensorrt", "tensorrt-rtx"),
+        choices=("auto", *BACKENDS),
         default="auto",
         help="auto = TensorRT where it can build for the target, else TensorRT-RTX",
     )
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     )
     engine = engine_from_bundle(settings, Progress.on_stderr())
     if args.json:
-        print_json({"engine": str(engine.file), **{"sidecar": engine.entry}})
+        print_json({"engine": str(engine.file), "sidecar": engine.entry})
         return
     entry = engine.entry
     say = talk(False)

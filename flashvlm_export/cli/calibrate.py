@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.errors import ConfigError, DependencyError, UsageError
+from flashvlm_export.errors import ConfigError, DependencyError, UsageError, install_hint
 from flashvlm_export.files import sha256_of
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         raise DependencyError(
             "calibration needs packages that are not installed",
             received=str(error),
-            hint="in a clone of flashvlm-export: pip install '.[export]'",
+            hint=install_hint("export"),
         ) from error
     for name in ("max_images", "max_layers", "sensitivity_images"):
         if getattr(args, name) < 1:
@@ -151,7 +151,7 @@ def _samples(
         )
     inputs = GraphInputs(bundle)
     prompts = list(DEFAULT_PROMPTS) if args.prompts is None else read_prompts(args.prompts)
-    if args.prompts is not None or inputs.has_tokenizer:
+    if args.prompts is not None or inputs.prompts is not None:
         rows = [inputs.text_rows(prompt, Precision.FP16) for prompt in prompts]
     else:
         prompts = [f"random rows {seed}" for seed in range(len(prompts))]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.errors import ConfigError, DependencyError
+from flashvlm_export.errors import ConfigError, DependencyError, install_hint
 from flashvlm_export.progress import Progress
 from flashvlm_export.selection import SELECTORS
 from flashvlm_export.selection.config import DIVERSITIES
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         raise DependencyError(
             "exporting needs packages that are not installed",
             received=str(error),
-            hint="in a clone of flashvlm-export: pip install '.[export,llm]'",
+            hint=install_hint("export,llm"),
         ) from error
     settings = ExportSettings(
         model=args.model,

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle, verify=args.verify)
     manifest, engines = bundle.manifest, list_engines(bundle)
     for engine in engines:
-        check_engine(bundle, engine)
+        check_engine(bundle, engine, verify=args.verify)
     if args.json:
         print_json(
             {

@@ -41,6 +41,15 @@ class FlashVLMConfig:
     important_ratio: float = 0.5
     merge_step: int = 8
 
+    @property
+    def is_stable(self) -> bool:
+        """Whether the whole kept set, and not only its important part, withstands rounding of the features."""
+        return self.diversity == "farthest"
+
+    def important_tokens(self, budget: int) -> int:
+        """Return how many of ``budget`` tokens go to the best scores."""
+        return int(self.important_ratio * budget)
+
     def __post_init__(self) -> None:
         if self.diversity not in DIVERSITIES:
             raise ConfigError(

@@ -22,7 +22,7 @@ def select_image(
     """Return the ``budget`` kept indices of one image, ascending (``[N,C] [N] [N,D] [L,D]`` → int64 ``[K]``)."""
     scores = fused_score(saliency, text_relevance(visual_tokens, text_embeds, config), config)
     by_score = np.argsort(-scores, kind="stable")
-    important_count = int(config.important_ratio * budget)
+    important_count = config.important_tokens(budget)
     important, residual = by_score[:important_count], by_score[important_count:]
     features = _unit_rows(patch_features)
     if config.diversity == "bipartite":

@@ -25,7 +25,8 @@ class Selector:
     Attributes:
         name: what users type after ``--selector``.
         summary: one line for ``--help``.
-        config_type: frozen dataclass of settings; defaults are the method's own.
+        config_type: frozen dataclass of settings; defaults are the method's own. What parity between precisions is
+            judged on are its ``is_stable`` (bool) and ``important_tokens(budget)`` (int): see :class:`FlashVLMConfig`.
         needs_saliency: whether the encoder has to compute an attention row for it.
         numpy_function: ``module:function`` of the readable definition (see :func:`select_tokens`).
         torch_module: ``module:Class`` of an ``nn.Module`` built from the config, with

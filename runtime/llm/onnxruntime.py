@@ -16,9 +16,9 @@ import numpy as np
 
 from flashvlm_export.errors import LLMError, SessionError
 from flashvlm_export.manifest import DecoderEntry
+from flashvlm_export.ort import ort_session
 from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.sampling import Sampler
-from flashvlm_export.runtime.ort import ort_session
 from flashvlm_export.specs import Array
 
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashvlm_export.errors import SessionError
-from flashvlm_export.runtime.ort import ort_session
+from flashvlm_export.ort import ort_session
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
 from flashvlm_export.specs import VISUAL_OUTPUTS, Feeds, GraphSpec
 

@@ -14,7 +14,7 @@ import numpy as np
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import Engine, EngineEntry, build_command, check_engine
-from flashvlm_export.errors import DependencyError, SessionError
+from flashvlm_export.errors import DependencyError, SessionError, install_hint
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import Profile, format_profile
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
@@ -37,6 +37,8 @@ class TensorRTSession(VisualSession):
         self.bundle = bundle
         self.engine = engine
         self.profiles = [tuple(profile) for profile in engine.entry.profiles]
+        self._contexts: list[Any] = []
+        self._loaded: Any = None
 
     def _open(self) -> None:
         entry = self.engine.entry
@@ -45,20 +47,32 @@ class TensorRTSession(VisualSession):
         rebuild = f"{build_command(self.bundle, entry.precision, entry.target)} --overwrite"
         require_fit(entry, str(trt.__version__), gpu_at_hand(), rebuild)
         self._device = _Device(capacities(self.spec, self.profiles))
+        try:
+            self._load(trt, rebuild)
+        except BaseException:
+            self._close()
+            raise
+
+    def _load(self, trt: Any, rebuild: str) -> None:
+        entry = self.engine.entry
         self._logger = trt.Logger(trt.Logger.ERROR)
         runtime = trt.Runtime(self._logger)
         if entry.settings.version_compatible:
             runtime.engine_host_code_allowed = True
         self._loaded = runtime.deserialize_cuda_engine(self.engine.file.read_bytes())
         if self._loaded is None:
-            self._device.close()
             raise SessionError(f"{entry.backend} cannot load the engine", received=self.engine.file, hint=rebuild)
         if entry.settings.strip_weights:
             self._refit(trt, rebuild)
         # One context per profile: to change the profile of one is a synchronisation.
-        self._contexts = []
         for index in range(len(self.profiles)):
             context = self._loaded.create_execution_context()
+            if context is None:
+                raise SessionError(
+                    "the GPU has no room for the engine's activations",
+                    received=f"profile {format_profile(self.profiles[index])}",
+                    hint="build with smaller profiles, or close other programs on the GPU",
+                )
             context.set_optimization_profile_async(index, self._device.stream_handle)
             self._contexts.append(context)
         self._device.synchronize()
@@ -106,8 +120,8 @@ class TensorRTSession(VisualSession):
 def require_fit(entry: EngineEntry, version: str, gpu: Gpu | None, rebuild: str) -> None:
     """Raise :class:`SessionError` unless this library version and this GPU can run the engine.
 
-    TensorRT refuses an engine of any other version, or crashes; version-compatible ones run on later releases of the
-    same major version. TensorRT-RTX engines run on later architectures than they name, by compiling again.
+    TensorRT refuses an engine of any other version; version-compatible ones run on later releases of the same major
+    version. TensorRT-RTX may run on architectures that an engine does not name; that was not tried, so it is refused.
     """
     if gpu is None:
         raise SessionError(
@@ -172,7 +186,7 @@ class _Device:
             raise DependencyError(
                 "engines need cuda-python",
                 received=str(error),
-                hint="in a clone of flashvlm-export: pip install '.[tensorrt]'",
+                hint=install_hint("tensorrt"),
             ) from error
         self._cuda = runtime
         self._buffers: dict[str, int] = {}

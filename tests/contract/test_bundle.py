@@ -14,7 +14,8 @@ from flashvlm_export import bundle as bundle_module
 from flashvlm_export.bundle import MANIFEST, Bundle
 from flashvlm_export.errors import BundleError, ConfigError
 from flashvlm_export.files import sha256_of
-from flashvlm_export.manifest import SCHEMA_VERSION, decode_manifest, encode_manifest
+from flashvlm_export.manifest import SCHEMA_VERSION, decode_manifest
+from flashvlm_export.records import encode_record
 from flashvlm_export.specs import Precision
 
 
@@ -53,7 +54,7 @@ def test_a_whole_bundle_opens_and_hands_out_its_files(path: Path) -> None:
 
 def test_a_manifest_survives_being_written_and_read(path: Path) -> None:
     manifest = Bundle.open(path).manifest
-    assert decode_manifest(encode_manifest(manifest)) == manifest
+    assert decode_manifest(encode_record(manifest)) == manifest
     assert isinstance(manifest.graphs["fp32"].spec.inputs[0].shape, tuple)
 
 

@@ -19,7 +19,12 @@ from flashvlm_export.cli import main
 from flashvlm_export.engines import BuildSettings, check_engine, find_engine, list_engines, sidecar_of
 from flashvlm_export.errors import BundleError, ConfigError, DependencyError, ExportError, StorageError, TargetError
 from flashvlm_export.export import engine_from_bundle as module_under_test
-from flashvlm_export.export.engine_from_bundle import EngineSettings, engine_from_bundle, resolve_destination
+from flashvlm_export.export.engine_from_bundle import (
+    EngineSettings,
+    engine_from_bundle,
+    resolve_backend,
+    resolve_target,
+)
 from flashvlm_export.files import bundle_lock
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import format_profile, resolve_profiles
@@ -124,7 +129,7 @@ class TestRefused:
 
     def test_too_little_memory_is_said_before_the_build(self, copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module_under_test, "_MEMORY_PER_WEIGHT_BYTE", 1e9)
-        with pytest.raises(StorageError, match="not enough memory") as caught:
+        with pytest.raises(TargetError, match="not enough memory") as caught:
             engine_from_bundle(EngineSettings(copy.path, target="rtx-30"))
         assert "GB available" in str(caught.value.received)
 
@@ -262,31 +267,32 @@ class TestDestination:
         ],
     )
     def test_who_builds(self, bundle: Bundle, target: str | None, gpu: Gpu | None, expected: tuple[str, str]) -> None:
-        found = resolve_destination(EngineSettings(bundle.path, target=target), bundle, gpu)
-        assert (found.name, found.backend) == expected
+        found = resolve_target(target, gpu)
+        assert (found.name, resolve_backend(EngineSettings(bundle.path), found, gpu)) == expected
 
     @pytest.mark.parametrize("target", ["orin-agx", "orin-nano", "thor", "h100", "dgx-spark"])
     def test_what_cannot_be_built_here_names_the_command_for_there(self, bundle: Bundle, target: str) -> None:
         with pytest.raises(TargetError, match=f"an engine for {target} has to be built on that device") as caught:
-            resolve_destination(EngineSettings(bundle.path, target=target), bundle, A100)
+            resolve_backend(EngineSettings(bundle.path), TARGETS[target], A100)
         assert f"flashvlm build {bundle.path} --precision fp16 --backend tensorrt" in str(caught.value.hint)
 
     def test_on_the_device_itself_it_is_built(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("platform.machine", lambda: "aarch64")
         for target in (None, "orin-agx"):
-            found = resolve_destination(EngineSettings(bundle.path, target=target), bundle, ORIN)
-            assert (found.backend, found.capabilities) == ("tensorrt", ((8, 7),))
+            found = resolve_target(target, ORIN)
+            assert found.compute_capabilities == ((8, 7),)
+            assert resolve_backend(EngineSettings(bundle.path), found, ORIN) == "tensorrt"
 
     def test_the_backend_asked_for_is_never_exchanged(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(TargetError):
-            resolve_destination(EngineSettings(bundle.path, target="a100", backend="tensorrt"), bundle, None)
+            resolve_backend(EngineSettings(bundle.path, backend="tensorrt"), TARGETS["a100"], None)
         monkeypatch.setattr(tensorrt_api, "is_installed", lambda backend: False)
         with pytest.raises(DependencyError, match="no library"):
-            resolve_destination(EngineSettings(bundle.path, target="a100"), bundle, A100)
+            resolve_backend(EngineSettings(bundle.path), TARGETS["a100"], A100)
 
-    def test_an_unknown_target(self, bundle: Bundle) -> None:
+    def test_an_unknown_target(self) -> None:
         with pytest.raises(ConfigError, match="unknown target"):
-            resolve_destination(EngineSettings(bundle.path, target="abacus"), bundle, None)
+            resolve_target("abacus", None)
 
     def test_the_table_agrees_with_the_library(self) -> None:
         trt = pytest.importorskip("tensorrt_rtx", reason="compares with TensorRT-RTX's own list")

@@ -22,7 +22,6 @@ from flashvlm_export.engines import (
     EngineEntry,
     engine_file,
     find_engine,
-    graph_fingerprint,
     write_entry,
 )
 from flashvlm_export.errors import BundleError, SessionError
@@ -53,7 +52,7 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
         backend_version="10.3.0",
         compute_capabilities=["8.9"],
         precision="fp16",
-        graph_sha256=graph_fingerprint(bundle, Precision.FP16),
+        graph_sha256=bundle.graph_sha256(Precision.FP16),
         engine_sha256=sha256_of(file),
         size_bytes=file.stat().st_size,
         profiles=[list(profile) for profile in resolve_profiles(spec, PROFILES)],

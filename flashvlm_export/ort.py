@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashvlm_export.errors import ConfigError, DependencyError, SessionError
+from flashvlm_export.errors import ConfigError, DependencyError, SessionError, install_hint
 
 _EXTRA = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
@@ -24,7 +24,7 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
     except ImportError as error:
         raise DependencyError(
             "ONNX Runtime is not installed",
-            hint="in a clone of flashvlm-export: pip install '.[ort]', or '.[cuda]' for NVIDIA GPUs",
+            hint=f"{install_hint('ort')}, or '.[cuda]' for NVIDIA GPUs",
         ) from error
     available = onnxruntime.get_available_providers()
     missing = [provider for provider in providers if provider not in available]
@@ -33,8 +33,7 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
             "ONNX Runtime has no such execution provider here",
             received=", ".join(missing) or "none",
             expected=f"among {', '.join(available)}",
-            hint="in a new environment, from a clone of flashvlm-export: "
-            f"pip install '.[{_EXTRA.get((missing or [''])[0], 'ort')}]'",
+            hint=f"in a new environment, {install_hint(_EXTRA.get((missing or [''])[0], 'ort'))}",
         )
     cores = os.cpu_count() or 1
     if threads is not None and not 1 <= threads <= cores:
