@@ -55,7 +55,7 @@ build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 # In an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other.
 test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fails without one
 	test -f .venv-gpu/installed || { $(PYTHON) -m venv .venv-gpu && \
-	  .venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda]' pytest && \
+	  .venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda,rtx]' pytest && \
 	  touch .venv-gpu/installed; }
 	FLASHVLM_REQUIRE_GPU=1 FLASHVLM_TEST_BUNDLE=build/lane/bundle .venv-gpu/bin/python -m pytest tests/gpu
 

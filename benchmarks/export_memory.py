@@ -157,7 +157,7 @@ class Watched:
     def _sample(self, pid: int) -> None:
         while not self._ended.wait(_SAMPLE_S):
             rss = anonymous = 0
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(psutil.Error):  # a process that ends between two looks
                 root = psutil.Process(pid)
                 for process in (root, *root.children(recursive=True)):
                     fields = _status(process.pid)

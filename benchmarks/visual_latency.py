@@ -253,7 +253,7 @@ def compile_module(module: VisualGraph, inputs: tuple[Tensor, ...]) -> tuple[Cal
     start = time.perf_counter()
     try:
         compiled(*inputs)
-    except Exception as error:
+    except Exception as error:  # without a C++ compiler, or on an untried torch: recorded as the result
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         return None, {"failed": f"{type(error).__name__}: {reason}"}
     return lambda: compiled(*inputs), {"compile_s": round(time.perf_counter() - start, 1)}

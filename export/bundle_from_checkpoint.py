@@ -200,7 +200,7 @@ def _open_adapter(weights: WeightSource) -> Adapter:
         adapter.encoder(needs_saliency=True)
     except FlashVLMError:
         raise
-    except Exception as error:
+    except Exception as error:  # someone's numbers in transformers' constructors: they raise anything
         raise CheckpointError(
             "config.json does not describe a model that can be built",
             received=f"{type(error).__name__}: {str(error)[:300]}",
@@ -325,6 +325,6 @@ def _write_decoder(
 def _tool_versions() -> dict[str, str]:
     versions = {}
     for name in _TOOLS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # optional ones are recorded where installed
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -21,6 +21,9 @@ from flashvlm_export.specs import GraphSpec
 from flashvlm_export.targets import Capability
 from flashvlm_export.tensorrt_api import Backend
 
+# An interrupt must not fly through the library's frames: ``interrupts`` remembers it, and the next step ends the build.
+_REMEMBERED = contextlib.suppress(KeyboardInterrupt)
+
 
 @dataclass(frozen=True)
 class BuildReport:
@@ -157,21 +160,20 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
             super().__init__()
             self._bar = progress.bar(0, "build", " steps")
 
-        # An interrupt must not fly through the library's frames; it is remembered, and false ends the build.
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            with contextlib.suppress(KeyboardInterrupt):
+            with _REMEMBERED:
                 self._bar.total = (self._bar.total or 0) + steps
                 self._bar.set_postfix_str(name)
 
         def step_complete(self, name: str, step: int) -> bool:
-            with contextlib.suppress(KeyboardInterrupt):
+            with _REMEMBERED:
                 self._bar.update()
                 interrupts.check()
                 return True
             return False
 
         def phase_finish(self, name: str) -> None:
-            with contextlib.suppress(KeyboardInterrupt):
+            with _REMEMBERED:
                 self._bar.refresh()
 
         def close(self) -> None:

@@ -68,13 +68,13 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         # snapshot.
         if all((cached / shard).is_file() for shard in weight_index(cached).values()):
             return cached
-    except Exception:
-        pass
+    except (OSError, ValueError, CheckpointError):
+        pass  # not cached, not whole, or no name of a repository: the hub has the last word, and says why
     try:
         # snapshot_download itself waits for ever where a firewall swallows what it sends.
         HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=_FILES))
-    except Exception as error:
+    except Exception as error:  # network, proxy, permission, disk: one message for whatever is in the way
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"the weights of {repo} cannot be had",

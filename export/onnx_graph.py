@@ -94,7 +94,7 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
-    except Exception as error:
+    except Exception as error:  # tracing and translation raise anything
         interrupts.check()
         if _was_interrupted(error):
             raise KeyboardInterrupt from error

@@ -33,7 +33,7 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         content = tokenizer.backend_tokenizer.to_str(pretty=True)
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises a bare Exception, transformers much else
         raise CheckpointError(
             "the tokenizer cannot be read",
             received=f"{directory}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",

@@ -44,7 +44,7 @@ def ort_session(file: Path, *, providers: Sequence[str], threads: int | None = N
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's errors have no common base
         raise SessionError(
             f"ONNX Runtime cannot load {file.name}",
             received=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",

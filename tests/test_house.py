@@ -26,12 +26,19 @@ ALLOWED = {
     "selection": {"torch"},
     "cli": set(),
     "export": {
-        "torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxruntime_genai",
-        "safetensors", "huggingface_hub",
+        "torch",
+        "transformers",
+        "optimum",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "onnxruntime_genai",
+        "safetensors",
+        "huggingface_hub",
     },
     "calibration": {"onnx", "onnxruntime"},
     "runtime": {"cuda", "onnxruntime"},
-}  # fmt: skip
+}
 
 
 def sources() -> list[tuple[str, Path]]:

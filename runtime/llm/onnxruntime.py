@@ -115,7 +115,7 @@ class OnnxRuntimeLLM(LLMEngine):
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's errors have no common base
             raise LLMError(
                 f"ONNX Runtime failed in the decoder at position {total}",
                 received=(str(error).splitlines() or [type(error).__name__])[0],

@@ -92,4 +92,4 @@ def test_settings_that_do_not_exist() -> None:
     with pytest.raises(ConfigError, match="percentile"):
         make_observer("percentile", 20.0)
     with pytest.raises(ConfigError, match="minmax, entropy, percentile"):
-        make_observer("average", 99.0)  # type: ignore[arg-type]
+        make_observer("average", 99.0)

@@ -137,7 +137,7 @@ class TestRandom:
 
     @pytest.mark.parametrize("decoder", ["fp32", "fp16", "int4"])
     def test_a_decoder_of_random_weights_is_refused(self, decoder: str, tmp_path: Path) -> None:
-        settings = ExportSettings("llava-1.5-7b", tmp_path / "out", weights="random", decoder=decoder)  # type: ignore[arg-type]
+        settings = ExportSettings("llava-1.5-7b", tmp_path / "out", weights="random", decoder=decoder)
         with pytest.raises(ConfigError, match="random weights"):
             bundle_from_checkpoint(settings)
         assert not (tmp_path / "out").exists()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.gpu import lacking, noise
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
@@ -18,10 +18,7 @@ def require_cuda() -> None:
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return
-    reason = "ONNX Runtime has no CUDAExecutionProvider here (pip install 'flashvlm-export[cuda]', on an NVIDIA GPU)"
-    if os.environ.get("FLASHVLM_REQUIRE_GPU"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+    lacking("ONNX Runtime has no CUDAExecutionProvider here (the extra 'cuda', on an NVIDIA GPU)")
 
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.FP16])
@@ -35,13 +32,7 @@ def test_cuda_agrees_with_cpu(tiny_bundle: Path, precision: Precision, budget: i
     require_cuda()
     bundle = Bundle.open(tiny_bundle)
     spec, dims = bundle.manifest.graphs[precision.value].spec, bundle.manifest.dims
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(precision.float_dtype)
-    feeds = {
-        "pixel_values": rng.standard_normal((4, 3, dims.image_size, dims.image_size), np.float32),
-        "text_embeds": rng.standard_normal((4, 9, dims.llm_width), np.float32).astype(dtype),
-        "text_mask": np.ones((4, 9), bool),
-    }
+    feeds = noise(bundle, precision, batch=4)
     outputs = {}
     for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
         with OnnxRuntimeSession(bundle.graph_file(precision), spec, providers=(provider,)) as session:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.gpu import lacking, noise
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
@@ -22,16 +22,11 @@ from flashvlm_export.tensorrt_api import BACKENDS, Backend
 def require_backend(backend: Backend) -> None:
     gpu = gpu_at_hand()
     if gpu is None:
-        reason = "no NVIDIA GPU, or no cuda-python to ask for one"
-    elif not tensorrt_api.is_installed(backend):
-        reason = f"{backend} is not installed"
-    elif backend == "tensorrt-rtx" and gpu.capability not in RTX_CAPABILITIES:
+        lacking("no NVIDIA GPU, or no cuda-python to ask for one")
+    if not tensorrt_api.is_installed(backend):
+        lacking(f"{backend} is not installed")
+    if backend == "tensorrt-rtx" and gpu.capability not in RTX_CAPABILITIES:
         pytest.skip(f"TensorRT-RTX does not compile for {gpu.name}")
-    else:
-        return
-    if os.environ.get("FLASHVLM_REQUIRE_GPU"):
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -46,13 +41,7 @@ def test_an_engine_agrees_with_onnx_runtime_on_a_cpu(
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     engine = engine_from_bundle(EngineSettings(bundle.path, precision, backend=backend))
     spec, dims = bundle.manifest.graphs[precision.value].spec, bundle.manifest.dims
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(precision.float_dtype)
-    feeds = {
-        "pixel_values": rng.standard_normal((3, 3, dims.image_size, dims.image_size), np.float32),
-        "text_embeds": rng.standard_normal((3, 9, dims.llm_width), np.float32).astype(dtype),
-        "text_mask": np.ones((3, 9), bool),
-    }
+    feeds = noise(bundle, precision, batch=3)
     with TensorRTSession(bundle, engine) as session, OnnxRuntimeSession(bundle.graph_file(precision), spec) as cpu:
         everything = cpu.run({**feeds, "budget": np.array(dims.num_patches)}).tokens.astype(np.float32)
         for budget in (1, 6, dims.num_patches):

@@ -51,10 +51,9 @@ def fake_tensorrt(spec: GraphSpec, run: Run, version: str, *, loads: bool = True
 
     contexts_used: list[int | None] = []
     engine = SimpleNamespace(create_execution_context=Context)
-    logger = SimpleNamespace(ERROR=1)
     return SimpleNamespace(
         __version__=version,
-        Logger=type("Logger", (), {"ERROR": logger.ERROR, "__init__": lambda self, level: None}),
+        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
         Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda data: engine if loads else None),
         contexts_used=contexts_used,
     )

@@ -115,7 +115,7 @@ def test_unreadable_images(
 ) -> None:
     image = tmp_path / "image.png"
     if content is not None:
-        image.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)  # type: ignore[arg-type]
+        image.write_bytes(photo.read_bytes()[:2000] if content == "cut" else content)
     assert main(["run", str(tiny_bundle), "--image", str(image), "--prompt", "What?"]) == 1
     error = capsys.readouterr().err
     assert str(image) in error

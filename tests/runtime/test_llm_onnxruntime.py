@@ -13,14 +13,14 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' model")
 
-from helpers.tiny_llava import make_config  # noqa: E402 - after importorskip, as the rest
-from transformers import LlamaForCausalLM  # noqa: E402
+from helpers.tiny_llava import make_config
+from transformers import LlamaForCausalLM
 
-from flashvlm_export.errors import LLMError, SessionError  # noqa: E402
-from flashvlm_export.export.decoder import export_decoder  # noqa: E402
-from flashvlm_export.manifest import DecoderEntry  # noqa: E402
-from flashvlm_export.runtime.llm.base import SamplingParams  # noqa: E402
-from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM  # noqa: E402
+from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.export.decoder import export_decoder
+from flashvlm_export.manifest import DecoderEntry
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 
 WIDTH, NEW_TOKENS = 64, 32
 PROMPT_LENGTHS = (1, 2, 5, 17, 64, 190)
@@ -36,7 +36,7 @@ class Exported:
         return self.model.model.embed_tokens.weight.detach().numpy()[ids]
 
     def engine(self, **options: object) -> OnnxRuntimeLLM:
-        return OnnxRuntimeLLM(self.file, self.entry, self.embed, **options)  # type: ignore[arg-type]
+        return OnnxRuntimeLLM(self.file, self.entry, self.embed, **options)
 
     def reference(self, prompt: np.ndarray, new_tokens: int = NEW_TOKENS) -> list[int]:
         embeds = torch.from_numpy(prompt)[None]
@@ -82,7 +82,7 @@ def prompts() -> list[np.ndarray]:
 
 
 def answer(engine: OnnxRuntimeLLM, prompt: np.ndarray, new_tokens: int = NEW_TOKENS, **settings: object) -> list[int]:
-    params = SamplingParams(max_new_tokens=new_tokens, **settings)  # type: ignore[arg-type]
+    params = SamplingParams(max_new_tokens=new_tokens, **settings)
     return list(engine.generate(prompt, params, stop_token_ids=()))
 
 

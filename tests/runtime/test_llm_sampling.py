@@ -9,11 +9,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers' logits processors")
 
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402 - after importorskip, as the rest
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from flashvlm_export.errors import ConfigError, LLMError  # noqa: E402
-from flashvlm_export.runtime.llm.base import SamplingParams  # noqa: E402
-from flashvlm_export.runtime.llm.sampling import Sampler, token_probabilities  # noqa: E402
+from flashvlm_export.errors import ConfigError, LLMError
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.llm.sampling import Sampler, token_probabilities
 
 SETTINGS = [
     {"temperature": 1.0},

@@ -76,7 +76,7 @@ def test_visual_tokens_stand_where_the_placeholder_stood(pipeline: Pipeline) -> 
     assert prompt.inputs_embeds.shape == (len(ids) - 1 + 5, pipeline.bundle.manifest.dims.llm_width)
     text = np.concatenate([prompt.inputs_embeds[:place], prompt.inputs_embeds[place + 5 :]])
     np.testing.assert_array_equal(text, pipeline.embeddings.lookup(np.delete(ids, place)))
-    outputs = pipeline.session.run(pipeline.session.feeds)  # type: ignore[attr-defined]
+    outputs = pipeline.session.run(pipeline.session.feeds)
     np.testing.assert_array_equal(prompt.inputs_embeds[place : place + 5], outputs.tokens[0])
     assert prompt.visual_tokens_kept == 5
     assert prompt.visual_tokens_before == 16
@@ -86,19 +86,19 @@ def test_text_span_decides_what_guides_the_selection(pipeline: Pipeline) -> None
     request = Request([picture()], "What is it?")
     fed = {}
     for span in ("prompt", "question"):
-        prompt = pipeline.encode([request], budget=5, text_span=span)[0]  # type: ignore[arg-type]
-        fed[span] = pipeline.session.feeds["text_embeds"][0]  # type: ignore[attr-defined]
+        prompt = pipeline.encode([request], budget=5, text_span=span)[0]
+        fed[span] = pipeline.session.feeds["text_embeds"][0]
     assert len(fed["prompt"]) == len(prompt.prompt.token_ids) - 1
     np.testing.assert_array_equal(fed["question"], pipeline.embeddings.lookup(prompt.prompt.text_ids("question")))
     assert 0 < len(fed["question"]) < len(fed["prompt"])
     with pytest.raises(ConfigError, match="span"):
-        pipeline.encode([request], text_span="answer")  # type: ignore[arg-type]
+        pipeline.encode([request], text_span="answer")
 
 
 def test_a_batch_is_one_run_and_a_request_may_hold_several_images(pipeline: Pipeline) -> None:
     requests = [Request([picture(1), picture(2)], "Compare them."), Request([picture(3)], "And this, in many words?")]
     first, second = pipeline.encode(requests, budget=4)
-    feeds = pipeline.session.feeds  # type: ignore[attr-defined]
+    feeds = pipeline.session.feeds
     assert feeds["pixel_values"].shape[0] == 3
     assert feeds["text_mask"].sum(axis=1).tolist() == [
         len(first.prompt.token_ids) - 2,
@@ -115,16 +115,22 @@ def test_answer_carries_text_tokens_and_times(pipeline: Pipeline) -> None:
     assert answer.token_ids == [10, 11, 12]
     assert answer.text == pipeline.prompts.tokenizer.decode([10, 11, 12])
     assert set(answer.stage_ms) == {
-        "tokenize", "load_images", "preprocess", "visual", "splice", "prefill", "decode",
-    }  # fmt: skip
+        "tokenize",
+        "load_images",
+        "preprocess",
+        "visual",
+        "splice",
+        "prefill",
+        "decode",
+    }
     assert all(ms >= 0 for ms in answer.stage_ms.values())
-    np.testing.assert_array_equal(pipeline.llm.inputs_embeds, answer.prompt.inputs_embeds)  # type: ignore[union-attr]
+    np.testing.assert_array_equal(pipeline.llm.inputs_embeds, answer.prompt.inputs_embeds)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 17, "5", 2.5])
 def test_budget_is_refused_before_anything_runs(pipeline: Pipeline, budget: object) -> None:
     with pytest.raises(BudgetError):
-        pipeline.encode([Request(["no such file.png"], "What is it?")], budget=budget)  # type: ignore[arg-type]
+        pipeline.encode([Request(["no such file.png"], "What is it?")], budget=budget)
 
 
 def test_requests_that_make_no_sense(pipeline: Pipeline) -> None:

@@ -302,7 +302,7 @@ def test_tokenizer_file_is_checked(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 def test_unknown_span(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown span"):
-        build(tokenizer, tmp_path).chat("hello").text_ids("answer")  # type: ignore[arg-type]
+        build(tokenizer, tmp_path).chat("hello").text_ids("answer")
 
 
 def stream(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

@@ -69,10 +69,10 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     fake = FakeCuda()
     bindings = type(sys)("cuda.bindings")
-    bindings.runtime = fake  # type: ignore[attr-defined]
+    bindings.runtime = fake
     monkeypatch.setitem(sys.modules, "cuda", type(sys)("cuda"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
     monkeypatch.setattr(tensorrt, "gpu_at_hand", lambda: ADA)
     return fake
 

@@ -13,7 +13,7 @@ from flashvlm_export.selection import FlashVLMConfig, get_selector, select_token
 
 torch = pytest.importorskip("torch", reason="the golden projector and the selectors under test are torch modules")
 
-from helpers.replay import Replay, replay_graph  # noqa: E402 - after importorskip
+from helpers.replay import Replay, replay_graph
 
 DATA = Path(__file__).parent.parent / "data"
 FILES = ("llava_a", "llava_b", "llava_small")

@@ -83,7 +83,7 @@ def test_torch_equals_numpy_where_everything_is_a_tie(diversity: str, budget: in
     ids=str,
 )
 def test_every_setting_means_the_same_in_torch_and_numpy(diversity: str, settings: dict[str, float]) -> None:
-    arrays, config = random_arrays(), FlashVLMConfig(diversity=diversity, **settings)  # type: ignore[arg-type]
+    arrays, config = random_arrays(), FlashVLMConfig(diversity=diversity, **settings)
     np.testing.assert_array_equal(torch_indices(arrays, 17, config), select_tokens(*arrays, 17, config))
 
 
@@ -91,7 +91,7 @@ def test_every_setting_means_the_same_in_torch_and_numpy(diversity: str, setting
 def test_settings_reach_the_result(setting: str) -> None:
     other = {"eta": 0.1, "power": 0.2, "important_ratio": 0.9, "merge_step": 1}[setting]
     arrays = random_arrays()
-    changed = FlashVLMConfig(**{setting: other})  # type: ignore[arg-type]
+    changed = FlashVLMConfig(**{setting: other})
     assert not np.array_equal(select_tokens(*arrays, 9), select_tokens(*arrays, 9, changed))
 
 
@@ -127,7 +127,7 @@ def test_half_precision_inputs_are_selected_in_float32() -> None:
 @pytest.mark.parametrize("budget", [0, -1, 41, 2.0, "8", None, True])
 def test_budget_is_refused(budget: object) -> None:
     with pytest.raises(BudgetError, match="expected"):
-        select_tokens(*random_arrays(), budget)  # type: ignore[arg-type]
+        select_tokens(*random_arrays(), budget)
 
 
 def test_arrays_that_do_not_fit_are_named() -> None:
@@ -142,7 +142,7 @@ def test_settings_are_checked() -> None:
     with pytest.raises(ConfigError, match="eta"):
         FlashVLMConfig(eta=1.5)
     with pytest.raises(ConfigError, match="diversity"):
-        FlashVLMConfig(diversity="clustering")  # type: ignore[arg-type]
+        FlashVLMConfig(diversity="clustering")
     with pytest.raises(ConfigError, match="no such setting"):
         get_selector("flashvlm").make_config({"etta": 0.5})
     with pytest.raises(ConfigError, match="wrong type"):
