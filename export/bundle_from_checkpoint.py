@@ -29,7 +29,7 @@ from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
 from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
-from flashvlm_export.files import atomic_directory, require_free_space, storage_errors
+from flashvlm_export.files import atomic_directory, bundle_lock, require_free_space, storage_errors
 from flashvlm_export.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -115,7 +115,9 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
         _require_decoder(adapter)
     require_free_space(settings.output, _size_bytes(settings, adapter, decoder))
 
-    with atomic_directory(settings.output) as staging:
+    # What stands there is replaced as a whole, but not under the hands of a calibration or a build.
+    standing = bundle_lock(settings.output) if settings.output.is_dir() else contextlib.nullcontext()
+    with standing, atomic_directory(settings.output) as staging:
         # What is quick comes first, so that a checkpoint that lacks something is refused at once.
         progress.step("text embeddings")
         write_text_embeddings(staging / TEXT_EMBEDDINGS, adapter, weights)

@@ -31,6 +31,7 @@ from onnx import helper, numpy_helper
 from flashvlm_export import interrupts
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import (
+    BundleError,
     CheckpointError,
     ConfigError,
     DependencyError,
@@ -47,7 +48,7 @@ from flashvlm_export.export.child import ChildResult
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.export.onnx_graph import ExportedGraph
 from flashvlm_export.export.visual_graph import VisualGraph, build_visual_graph
-from flashvlm_export.files import atomic_directory
+from flashvlm_export.files import atomic_directory, bundle_lock
 from flashvlm_export.models import adapter_class
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.progress import Progress
@@ -526,6 +527,11 @@ class TestOutputPath:
         assert "--overwrite" in message
         assert export(overwrite=True).manifest.source.model == str(export.checkpoint)
         assert list(export.output.parent.iterdir()) == [export.output]
+
+    def test_a_bundle_that_is_being_written_to_is_not_replaced(self, export: Export, old: Bundle) -> None:
+        with bundle_lock(old.path):
+            export.fails(BundleError, "another process is writing to this bundle", overwrite=True)
+        export(overwrite=True)
 
     @pytest.mark.parametrize("damage", ["manifest", "graph"])
     def test_a_damaged_bundle_can_be_replaced(self, export: Export, old: Bundle, damage: str) -> None:
