@@ -9,7 +9,7 @@ BUNDLE ?= build/$(MODEL)
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes test-gpu onnx engine bench bench-export bench-start clean
+.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine bench bench-export bench-start clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -31,7 +31,7 @@ $(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py $(DEMO)/checkpoint --image-size 336 --seed 7
 	$(BIN)/flashvlm export $(DEMO)/checkpoint --output $(DEMO)/bundle --overwrite --precision fp32 --diversity farthest
 
-test: lint types unit runtime-lanes ## lint, types, tests; runtime tests on Python 3.10 and 3.12 where they are installed
+test: lint types unit runtime-lanes device-lane ## lint, types, tests; runtime on Python 3.10 and 3.12 where installed
 
 check: test ## exactly what CI runs
 
@@ -48,6 +48,9 @@ unit: $(VENV)/installed
 runtime-lanes: build/lane/bundle/manifest.json
 	@for version in 3.10 3.12; do tests/runtime_lane.sh $$version build/lane || exit 1; done
 
+device-lane: build/lane/bundle/manifest.json
+	tests/device_lane.sh "$(abspath $(BIN))/flashvlm" build/lane
+
 build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
 	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required
@@ -62,12 +65,14 @@ test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fail
 onnx: $(VENV)/installed ## export MODEL (WEIGHTS=auto|DIR|random) to BUNDLE
 	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
 
-# PRECISION=fp16|int8; TARGET: a row of flashvlm build --help, without it the GPU at hand. A bundle that stands is used.
+# PRECISION=fp16|int8; TARGET: a row of flashvlm targets, without it the GPU at hand. A bundle that stands is used. Where
+# only the device itself can build, what comes out is the archive for it.
 engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated first where needed (PRECISION, TARGET)
+	$(if $(TARGET),$(BIN)/flashvlm targets $(TARGET))
 	test -f $(BUNDLE)/manifest.json || \
 	  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) --precision fp16
 	test $(PRECISION) != int8 || test -f $(BUNDLE)/visual.int8.onnx || $(BIN)/flashvlm calibrate $(BUNDLE)
-	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --overwrite
+	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --pack --overwrite
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py

@@ -155,28 +155,36 @@ def resolve_target(name: str | None, gpu: Gpu | None) -> Target:
     return Target("sm{}{}".format(*gpu.capability), gpu.name, (gpu.capability,), platform.machine())
 
 
-def resolve_backend(settings: EngineSettings, target: Target, gpu: Gpu | None) -> Backend:
-    """Return the library that builds for ``target`` on this machine; ``gpu`` is the one at hand.
-
-    Raises:
-        DependencyError: the library that can build it is not installed.
-        TargetError: it cannot be built on this machine; the message has the command for the other one.
-    """
+def possible_backends(target: Target, gpu: Gpu | None) -> list[Backend]:
+    """Return the libraries that can build for ``target`` on a machine like this one; ``gpu`` is the one at hand."""
     possible: list[Backend] = []
     if target.machine == platform.machine():
         if gpu is not None and target.compute_capabilities == (gpu.capability,):
             possible.append("tensorrt")
         if set(target.compute_capabilities) <= set(RTX_CAPABILITIES):
             possible.append("tensorrt-rtx")
+    return possible
+
+
+def resolve_backend(settings: EngineSettings, target: Target, gpu: Gpu | None) -> Backend:
+    """Return the library that builds for ``target`` on this machine; ``gpu`` is the one at hand.
+
+    Raises:
+        DependencyError: the library that can build it is not installed.
+        TargetError: it cannot be built on this machine; the message has the command that takes it to the other one.
+    """
+    possible = possible_backends(target, gpu)
     wanted = [backend for backend in possible if settings.backend in ("auto", backend)]
     if not wanted:
         here = "no GPU" if gpu is None else f"{gpu.name}, compute capability {format_capability(gpu.capability)}"
         raise TargetError(
-            f"an engine for {target.name} has to be built on that device",
+            f"{settings.backend} cannot build for {target.name} on this machine"
+            if possible
+            else f"an engine for {target.name} has to be built on that device",
             received=f"this machine: {platform.machine()}, {here}; --backend {settings.backend}",
             expected=f"{target.machine} with compute capability {target.capabilities}",
-            hint=f"copy {settings.bundle} there and run: flashvlm build {settings.bundle} "
-            f"--precision {settings.precision.value} --backend tensorrt",
+            hint=f"make an archive that builds it there: flashvlm pack {settings.bundle} --target {target.name} "
+            f"--precision {settings.precision.value}",
         )
     installed = [backend for backend in wanted if tensorrt_api.is_installed(backend)]
     if not installed:

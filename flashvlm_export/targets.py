@@ -15,12 +15,13 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class JetPack:
-    """Software that a Jetson brings along."""
+    """Software that a Jetson brings along: versions of the release, TensorRT, Python, CUDA and the C library."""
 
     version: str
     tensorrt: str
     python: str
     cuda: str
+    glibc: str
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Target:
         return ", ".join(map(format_capability, self.compute_capabilities))
 
 
-_JETPACK_6 = JetPack("6.2", "10.3", "3.10", "12.6")
-_JETPACK_7 = JetPack("7.1", "10.13", "3.12", "13.0")
+_JETPACK_6 = JetPack("6.2", "10.3", "3.10", "12.6", "2.35")
+_JETPACK_7 = JetPack("7.1", "10.13", "3.12", "13.0", "2.39")
 
 # What TensorRT-RTX 1.7 compiles for ahead of time, on a machine without such a GPU.
 RTX_CAPABILITIES: tuple[Capability, ...] = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))

@@ -4,13 +4,7 @@
 set -euo pipefail
 version=$1
 lane=$2
-python=
-for candidate in "python$version" "$HOME"/.pyenv/versions/"$version".*/bin/python; do
-  if "$candidate" -c 'import venv' 2>/dev/null; then
-    python=$candidate
-    break
-  fi
-done
+python=$(tests/find_python.sh "$version")
 if [ -z "$python" ]; then
   echo "runtime lane: Python $version is not installed here; not tested"
   exit 0

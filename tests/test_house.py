@@ -153,6 +153,8 @@ def test_wheel_holds_the_rooms_under_one_name(wheel: Path) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"flashvlm_export", "optimum"}
     assert [name for name in names if name.startswith("optimum")] == ["optimum/commands/register/flashvlm.py"]
     assert len([name for name in names if name.endswith("/errors.py")]) == 1
+    scripts = {name for name in names if name.startswith("flashvlm_export/export/device/")}
+    assert {name.rpartition("/")[2] for name in scripts} == {"README.md", "build.sh", "install.sh"}
     modules = {name for name in names if name.startswith("flashvlm_export/") and name.endswith(".py")}
     on_disk = {
         str(path.relative_to(ROOT / "flashvlm_export")) if room not in ROOMS else f"{path.relative_to(ROOT)}"
@@ -223,4 +225,4 @@ def test_readme_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
     lines = re.findall(r"^flashvlm (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
     verbs = {build_parser().parse_args(shlex.split(line)).verb for line in lines}
-    assert verbs == {"models", "export", "calibrate", "build", "inspect", "run"}
+    assert verbs == {"models", "targets", "export", "calibrate", "build", "pack", "inspect", "run"}

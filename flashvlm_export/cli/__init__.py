@@ -3,7 +3,9 @@
 - ``models.py``   what can be exported
 - ``export.py``   checkpoint → bundle
 - ``calibrate.py`` photographs → INT8 graph
+- ``targets.py``  what engines are built for
 - ``build.py``    bundle → engine
+- ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
 - ``inspect.py``  what a bundle holds, and whether it is whole
 - ``output.py``   one JSON object for machines, text for people
@@ -16,11 +18,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import build, calibrate, export, inspect, models
+from flashvlm_export.cli import build, calibrate, export, inspect, models, pack, targets
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, export, calibrate, build, run_, inspect)
+_VERBS = (models, targets, export, calibrate, build, pack, run_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

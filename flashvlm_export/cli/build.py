@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.cli.pack import write
 from flashvlm_export.engines import BuildSettings
+from flashvlm_export.gpu import gpu_at_hand
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
 from flashvlm_export.targets import TARGETS
@@ -46,13 +48,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version-compatible", action="store_true", help="run on later releases of TensorRT too")
     parser.add_argument("--hardware-compatible", action="store_true", help="run on every GPU from Ampere on")
     parser.add_argument("--strip-weights", action="store_true", help="leave the weights to the ONNX file")
+    parser.add_argument(
+        "--pack", action="store_true", help="where only the device itself can build: write the archive for it instead"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an engine of this target and precision")
 
 
 def run(args: argparse.Namespace) -> None:
     """Build, and print where the engine is."""
-    from flashvlm_export.export.engine_from_bundle import EngineSettings, engine_from_bundle
+    from flashvlm_export.export.engine_from_bundle import (
+        EngineSettings,
+        engine_from_bundle,
+        possible_backends,
+        resolve_target,
+    )
 
+    if args.pack:
+        from flashvlm_export.export.pack import PackSettings
+
+        gpu = gpu_at_hand()
+        target = resolve_target(args.target, gpu)
+        if not possible_backends(target, gpu):
+            talk(True)(f"an engine for {target.name} has to be built on that device: this makes the archive for it")
+            talk(True)("settings of the build, such as --profile, are given to ./build.sh there")
+            precisions = [Precision(args.precision)]
+            write(PackSettings(args.bundle, target.name, precisions=precisions, overwrite=args.overwrite), args.json)
+            return
     settings = EngineSettings(
         bundle=args.bundle,
         precision=Precision(args.precision),

@@ -274,7 +274,7 @@ class TestDestination:
     def test_what_cannot_be_built_here_names_the_command_for_there(self, bundle: Bundle, target: str) -> None:
         with pytest.raises(TargetError, match=f"an engine for {target} has to be built on that device") as caught:
             resolve_backend(EngineSettings(bundle.path), TARGETS[target], A100)
-        assert f"flashvlm build {bundle.path} --precision fp16 --backend tensorrt" in str(caught.value.hint)
+        assert f"flashvlm pack {bundle.path} --target {target} --precision fp16" in str(caught.value.hint)
 
     def test_on_the_device_itself_it_is_built(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("platform.machine", lambda: "aarch64")
@@ -284,7 +284,7 @@ class TestDestination:
             assert resolve_backend(EngineSettings(bundle.path), found, ORIN) == "tensorrt"
 
     def test_the_backend_asked_for_is_never_exchanged(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-        with pytest.raises(TargetError):
+        with pytest.raises(TargetError, match="tensorrt cannot build for a100 on this machine"):
             resolve_backend(EngineSettings(bundle.path, backend="tensorrt"), TARGETS["a100"], None)
         monkeypatch.setattr(tensorrt_api, "is_installed", lambda backend: False)
         with pytest.raises(DependencyError, match="no library"):
