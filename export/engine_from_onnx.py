@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,17 @@ def engine_from_onnx(
     return BuildReport(census, tensorrt_api.get_timing_cache(config, backend))
 
 
+def _give_freed_memory_back() -> None:
+    """Have glibc return what was freed to the system; other C libraries do so by themselves.
+
+    What the compiler frees between its phases would stay with the process: at the peak of a full-size build, a third of
+    the engine's size.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _profile(profile: Any, spec: GraphSpec, ranges: Profile) -> Any:
     """Fill ``profile``: sizes of each input, and for the shape tensor ``budget`` its values."""
     dims = {dim.name: dim for dim in ranges}
@@ -175,6 +187,7 @@ def _make_monitor(trt: Any, progress: Progress) -> Any:
         def phase_finish(self, name: str) -> None:
             with _REMEMBERED:
                 self._bar.refresh()
+                _give_freed_memory_back()
 
         def close(self) -> None:
             self._bar.close()
