@@ -33,6 +33,16 @@ def check() -> None:
         raise KeyboardInterrupt
 
 
+def settle() -> None:
+    """Let the process end with its own exit code after a KeyboardInterrupt was caught.
+
+    CPython notes a KeyboardInterrupt that passes through ``exec`` of a text, as dataclasses and torch's tracer run it;
+    ``python -m`` then dies of SIGINT when it would exit, whoever caught the exception further out. The next ``exec``
+    forgets it.
+    """
+    exec("")
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     _interrupted = True

@@ -69,6 +69,7 @@ def run_verb(name: str, run: Callable[[argparse.Namespace], None], args: argpars
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
+        interrupts.settle()
         print(f"{name}: interrupted; nothing half-written is left behind", file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,17 @@ def test_export_refuses_what_it_cannot_do(
         assert message in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
     assert Bundle.open(tiny_bundle)
+
+
+def test_an_interrupt_inside_exec_ends_with_the_code_of_an_interrupt(tmp_path: Path) -> None:
+    """``python -m`` would die of SIGINT at its end, though the exception was caught: it arose in code given as text."""
+    (tmp_path / "program.py").write_text(
+        "import sys; from flashvlm_export.cli import run_verb; "
+        "sys.exit(run_verb('verb', lambda args: exec('raise KeyboardInterrupt'), None))"
+    )
+    command = [sys.executable, "-m", "program"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "verb: interrupted; nothing half-written is left behind\n")
 
 
 def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
