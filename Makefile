@@ -9,7 +9,7 @@ BUNDLE ?= build/$(MODEL)
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine bench bench-export bench-start clean
+.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -82,6 +82,14 @@ bench-export: $(VENV)/installed ## peak memory of exporting a full-size checkpoi
 
 bench-start: $(VENV)/installed build/lane/bundle/manifest.json ## import and open time of the runtime
 	$(BIN)/python benchmarks/start_up.py build/lane/bundle
+
+# The demo's checkpoint, whose visual side has LLaVA-1.5's 576 tokens, in all three precisions.
+bench-parity: build/parity/visual.int8.onnx ## each precision against PyTorch on photographs
+	$(BIN)/python benchmarks/precision_parity.py build/parity $(DEMO)/checkpoint
+
+build/parity/visual.int8.onnx: $(DEMO)/bundle/manifest.json
+	$(BIN)/flashvlm export $(DEMO)/checkpoint --output build/parity --overwrite --diversity farthest --decoder none
+	$(BIN)/flashvlm calibrate build/parity
 
 clean: ## remove what the targets above made, .venv included
 	rm -rf build dist $(VENV) .venv-3.* .venv-gpu

@@ -7,6 +7,7 @@
 - TensorRT-RTX times no kernels while it builds: its timing cache does nothing and is deprecated.
 - TensorRT-RTX refits with ``REFIT``, TensorRT with ``REFIT_IDENTICAL`` too.
 - Newer releases write an engine to a stream; the others return it whole.
+- TensorRT-RTX captures CUDA graphs itself, when a context's configuration says so; with TensorRT the caller does.
 - ``HardwareCompatibilityLevel`` and ``VERSION_COMPATIBLE`` belong to TensorRT; TensorRT-RTX has the names and no use
   for them.
 """
@@ -178,3 +179,12 @@ def parse(trt: Any, network: Any, file: Path, logger: Any, backend: Backend) -> 
         messages = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         raise ExportError(f"{backend} cannot parse {file.name}", received="; ".join(messages))
     return parser
+
+
+def create_context(trt: Any, engine: Any, backend: Backend, *, cuda_graphs: bool) -> Any:
+    """Return an execution context of ``engine``, or ``None`` where the GPU has no room for its activations."""
+    if backend == "tensorrt" or not cuda_graphs:
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    return engine.create_execution_context(config)

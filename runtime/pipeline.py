@@ -116,6 +116,7 @@ class Pipeline:
         *,
         precision: Precision | str | None = None,
         engine: str | None = None,
+        cuda_graphs: bool = False,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
         with_llm: bool = True,
@@ -127,7 +128,9 @@ class Pipeline:
             precision: visual graph to run; ``None`` takes the first the manifest lists, or the engine's.
             engine: target of the TensorRT engine to run, or ``auto`` where the bundle has just one; ``None`` runs the
                 graph in ONNX Runtime.
-            providers: ONNX Runtime execution providers, for the graph (without ``engine``) and the decoder.
+            cuda_graphs: replay the engine's kernels as CUDA graphs; see :class:`TensorRTSession`.
+            providers: ONNX Runtime execution providers, for the graph (without ``engine``) and the decoder, which
+                leaves TensorRT out.
             threads: threads of one operator; ``None`` leaves it to ONNX Runtime.
             with_llm: also prepare the bundle's decoder.
 
@@ -137,7 +140,7 @@ class Pipeline:
         from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        pipeline = cls(bundle, _session(bundle, precision, engine, providers, threads), None)
+        pipeline = cls(bundle, _session(bundle, precision, engine, cuda_graphs, providers, threads), None)
         if with_llm:
             decoder = bundle.manifest.decoder
             if decoder is None:
@@ -148,7 +151,11 @@ class Pipeline:
                     hint="export it with --decoder int4 (or fp16, fp32), or run with --visual-only",
                 )
             pipeline.llm = OnnxRuntimeLLM(
-                bundle.file(decoder.file), decoder, pipeline.embeddings.lookup, providers=providers, threads=threads
+                bundle.file(decoder.file),
+                decoder,
+                pipeline.embeddings.lookup,
+                providers=[provider for provider in providers if provider != "TensorrtExecutionProvider"],
+                threads=threads,
             )
         return pipeline
 
@@ -325,14 +332,24 @@ class _Clock:
 
 
 def _session(
-    bundle: Bundle, precision: Precision | str | None, engine: str | None, providers: Sequence[str], threads: int | None
+    bundle: Bundle,
+    precision: Precision | str | None,
+    engine: str | None,
+    cuda_graphs: bool,
+    providers: Sequence[str],
+    threads: int | None,
 ) -> VisualSession:
+    if cuda_graphs and engine is None:
+        raise UsageError(
+            "CUDA graphs are for TensorRT engines", received="cuda graphs without an engine", expected="--engine too"
+        )
     if engine is not None:
         from flashvlm_export.engines import find_engine
         from flashvlm_export.runtime.sessions.tensorrt import TensorRTSession
 
         wanted = None if precision is None else _precision(precision, bundle)
-        return TensorRTSession(bundle, find_engine(bundle, wanted, None if engine == "auto" else engine))
+        found = find_engine(bundle, wanted, None if engine == "auto" else engine)
+        return TensorRTSession(bundle, found, cuda_graphs=cuda_graphs)
     from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     chosen = _precision(precision, bundle)

@@ -10,7 +10,12 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import UsageError
 
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# What TensorRT does not take of a graph, ONNX Runtime gives to CUDA.
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +58,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="auto",
         help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one)",
     )
-    parser.add_argument("--provider", choices=sorted(_PROVIDERS), default="cpu", help="ONNX Runtime execution provider")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the engine's kernels as one CUDA graph for each set of sizes"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=sorted(_PROVIDERS),
+        default="cpu",
+        help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
+    )
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 = greedy")
@@ -88,7 +101,8 @@ def run(args: argparse.Namespace) -> None:
         Bundle.open(args.bundle),
         precision=args.precision,
         engine=args.engine,
-        providers=(_PROVIDERS[args.provider],),
+        cuda_graphs=args.cuda_graphs,
+        providers=_PROVIDERS[args.provider],
         threads=args.threads,
         with_llm=not args.visual_only,
     )

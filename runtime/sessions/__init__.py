@@ -2,5 +2,6 @@
 
 - ``base.py``         life cycle and checks, written once
 - ``onnxruntime.py``  ONNX Runtime, CPU or CUDA provider as asked for
+- ``tensorrt.py``     TensorRT and TensorRT-RTX engines; ``tensorrt_worker.py`` is what each thread needs of one
 - ``fake.py``         NumPy stand-in with real selection, for testing pipelines without an engine
 """

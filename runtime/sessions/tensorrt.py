@@ -1,60 +1,65 @@
-"""The visual graph as a TensorRT or TensorRT-RTX engine.
-
-Device buffers are allocated once, for the largest sizes of the profiles, and used for every run. The budget is a shape
-tensor: TensorRT reads it in host memory before the run, because it decides the size of outputs.
-"""
+"""The visual graph as a TensorRT or TensorRT-RTX engine."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import Engine, EngineEntry, build_command, check_engine
-from flashvlm_export.errors import DependencyError, SessionError, install_hint
+from flashvlm_export.errors import SessionError
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import Profile, format_profile
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
-from flashvlm_export.specs import Array, Feeds, GraphSpec, Precision, TensorSpec
+from flashvlm_export.runtime.sessions.tensorrt_worker import TensorRTWorker
+from flashvlm_export.specs import Feeds, Precision
 from flashvlm_export.targets import format_capability
 
 
 class TensorRTSession(VisualSession):
-    """Runs an engine of ``bundle`` on the first GPU. Not thread-safe: one session per thread.
+    """Runs an engine of ``bundle`` on the first GPU.
+
+    Thread-safe: each thread that calls :meth:`run` has a worker of its own (stream, buffers, contexts), made at its
+    first call and kept until the session is closed; the engine with its weights is shared.
 
     Args:
         bundle: the opened bundle; the engine has to belong to its graph.
         engine: from :func:`flashvlm_export.engines.find_engine`.
+        cuda_graphs: replay one CUDA graph for each combination of sizes instead of launching every kernel anew. A run
+            of an engine that cannot be captured is refused.
     """
 
     name = "tensorrt"
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, *, cuda_graphs: bool = False) -> None:
         super().__init__(bundle.manifest.graphs[engine.entry.precision].spec)
         self.bundle = bundle
         self.engine = engine
+        self.cuda_graphs = cuda_graphs
         self.profiles = [tuple(profile) for profile in engine.entry.profiles]
-        self._contexts: list[Any] = []
         self._loaded: Any = None
+        self._workers: list[TensorRTWorker] = []
+        self._of_thread = threading.local()
+        self._lock = threading.Lock()
 
     def _open(self) -> None:
         entry = self.engine.entry
         check_engine(self.bundle, self.engine)
-        trt = tensorrt_api.load(tensorrt_api.as_backend(entry.backend))
+        self._backend = tensorrt_api.as_backend(entry.backend)
+        self._trt = tensorrt_api.load(self._backend)
         rebuild = f"{build_command(self.bundle, entry.precision, entry.target)} --overwrite"
-        require_fit(entry, str(trt.__version__), gpu_at_hand(), rebuild)
-        self._device = _Device(capacities(self.spec, self.profiles))
+        require_fit(entry, str(self._trt.__version__), gpu_at_hand(), rebuild)
         try:
-            self._load(trt, rebuild)
+            self._load(rebuild)
+            self._worker()  # a GPU without room says so now
         except BaseException:
             self._close()
             raise
 
-    def _load(self, trt: Any, rebuild: str) -> None:
-        entry = self.engine.entry
+    def _load(self, rebuild: str) -> None:
+        trt, entry = self._trt, self.engine.entry
         self._logger = trt.Logger(trt.Logger.ERROR)
         runtime = trt.Runtime(self._logger)
         if entry.settings.version_compatible:
@@ -63,33 +68,42 @@ class TensorRTSession(VisualSession):
         if self._loaded is None:
             raise SessionError(f"{entry.backend} cannot load the engine", received=self.engine.file, hint=rebuild)
         if entry.settings.strip_weights:
-            self._refit(trt, rebuild)
-        # One context per profile: to change the profile of one is a synchronisation.
-        for index in range(len(self.profiles)):
-            context = self._loaded.create_execution_context()
-            if context is None:
-                raise SessionError(
-                    "the GPU has no room for the engine's activations",
-                    received=f"profile {format_profile(self.profiles[index])}",
-                    hint="build with smaller profiles, or close other programs on the GPU",
-                )
-            context.set_optimization_profile_async(index, self._device.stream_handle)
-            self._contexts.append(context)
-        self._device.synchronize()
+            self._refit(rebuild)
 
-    def _refit(self, trt: Any, rebuild: str) -> None:
+    def _refit(self, rebuild: str) -> None:
         """Put the weights of the ONNX file into an engine that was built without."""
-        refitter = trt.Refitter(self._loaded, self._logger)
+        refitter = self._trt.Refitter(self._loaded, self._logger)
         graph = self.bundle.graph_file(Precision(self.engine.entry.precision))
-        if not trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
+        if not self._trt.OnnxParserRefitter(refitter, self._logger).refit_from_file(str(graph)):
             raise SessionError("the engine does not take the weights of the graph", received=graph, hint=rebuild)
         if not refitter.refit_cuda_engine():
             raise SessionError("the engine lacks weights after refitting", received=graph, hint=rebuild)
 
     def _close(self) -> None:
-        self._contexts.clear()
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+        self._of_thread = threading.local()
         self._loaded = None
-        self._device.close()
+
+    def _worker(self) -> TensorRTWorker:
+        worker: TensorRTWorker | None = getattr(self._of_thread, "worker", None)
+        if worker is None:
+            with self._lock:
+                worker = TensorRTWorker(
+                    self.spec, self.profiles, self._create_context, captures=self.cuda_graphs and self._captures
+                )
+                self._workers.append(worker)
+            self._of_thread.worker = worker
+        return worker
+
+    @property
+    def _captures(self) -> bool:
+        """Whether CUDA graphs are ours to capture: TensorRT-RTX does it inside of its contexts."""
+        return self._backend == "tensorrt"
+
+    def _create_context(self) -> Any:
+        return tensorrt_api.create_context(self._trt, self._loaded, self._backend, cuda_graphs=self.cuda_graphs)
 
     def _run(self, feeds: Feeds) -> VisualOutputs:
         sizes = {
@@ -98,23 +112,7 @@ class TensorRTSession(VisualSession):
             "budget": int(feeds["budget"]),
         }
         command = build_command(self.bundle, self.engine.entry.precision, self.engine.entry.target)
-        context = self._contexts[choose_profile(self.profiles, sizes, command)]
-        host = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-        for name, array in host.items():
-            if name == "budget":
-                context.set_tensor_address(name, array.ctypes.data)
-            else:
-                context.set_input_shape(name, array.shape)
-                context.set_tensor_address(name, self._device.upload(name, array))
-        outputs = {tensor.name: np.empty(output_shape(tensor, sizes), tensor.dtype) for tensor in self.spec.outputs}
-        for name in outputs:
-            context.set_tensor_address(name, self._device.pointer(name))
-        if not context.execute_async_v3(self._device.stream_handle):
-            raise SessionError("the engine could not be run", received=sizes, hint="see the messages above")
-        for name, array in outputs.items():
-            self._device.download(name, array)
-        self._device.synchronize()
-        return VisualOutputs(outputs["visual_tokens"], outputs["visual_indices"], outputs["scores"])
+        return self._worker().run(choose_profile(self.profiles, sizes, command), sizes, feeds)
 
 
 def require_fit(entry: EngineEntry, version: str, gpu: Gpu | None, rebuild: str) -> None:
@@ -158,81 +156,3 @@ def choose_profile(profiles: Sequence[Profile], sizes: Mapping[str, int], comman
         expected=" or ".join(format_profile(profile) for profile in profiles),
         hint=f"build with wider ranges: {command} --profile {ranges} --overwrite",
     )
-
-
-def output_shape(tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the shape of an output; ``kept`` is the budget."""
-    named = {**sizes, "kept": sizes["budget"]}
-    return tuple(named[size] if isinstance(size, str) else size for size in tensor.shape)
-
-
-def capacities(spec: GraphSpec, profiles: Sequence[Profile]) -> dict[str, int]:
-    """Return bytes of each device buffer: the largest that any profile lets a tensor become."""
-    largest = {dim.name: max(d.max for profile in profiles for d in profile if d.name == dim.name) for dim in spec.dims}
-    return {
-        tensor.name: int(np.prod(output_shape(tensor, largest))) * np.dtype(tensor.dtype).itemsize
-        for tensor in (*spec.inputs, *spec.outputs)
-        if tensor.name != "budget"
-    }
-
-
-class _Device:
-    """One stream and one buffer per tensor, all allocated at once and freed at once."""
-
-    def __init__(self, sizes_bytes: Mapping[str, int]) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError as error:
-            raise DependencyError(
-                "engines need cuda-python",
-                received=str(error),
-                hint=install_hint("tensorrt"),
-            ) from error
-        self._cuda = runtime
-        self._buffers: dict[str, int] = {}
-        self._stream = self._call(runtime.cudaStreamCreate())
-        try:
-            for name, size in sizes_bytes.items():
-                self._buffers[name] = int(self._call(runtime.cudaMalloc(size)))
-        except SessionError:
-            self.close()
-            raise
-
-    @property
-    def stream_handle(self) -> int:
-        return int(self._stream)
-
-    def pointer(self, name: str) -> int:
-        return self._buffers[name]
-
-    def upload(self, name: str, array: Array) -> int:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        pointer = self._buffers[name]
-        self._call(self._cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self._stream))
-        return pointer
-
-    def download(self, name: str, array: Array) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        pointer = self._buffers[name]
-        self._call(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self._stream))
-
-    def synchronize(self) -> None:
-        self._call(self._cuda.cudaStreamSynchronize(self._stream))
-
-    def close(self) -> None:
-        for pointer in self._buffers.values():
-            self._call(self._cuda.cudaFree(pointer))
-        self._buffers.clear()
-        if self._stream is not None:
-            self._call(self._cuda.cudaStreamDestroy(self._stream))
-            self._stream = None
-
-    def _call(self, result: tuple[Any, ...]) -> Any:
-        error, *values = result
-        if int(error) != 0:
-            raise SessionError(
-                "the CUDA runtime reports an error",
-                received=str(error),
-                hint="if memory is short, build with smaller profiles or close other programs on the GPU",
-            )
-        return values[0] if values else None

@@ -1,73 +1,139 @@
 """TensorRT and CUDA for machines without either: device memory is host memory, an engine is a session in NumPy.
 
-Only what the runtime calls is here, with the names and meanings of TensorRT: addresses and shapes are set by tensor
-name, the shape tensor is read where its host address points, and outputs are written to theirs.
+TensorRT has the names and signatures of a recorded release (``recorded_tensorrt.py``); only what a context does is
+given here: addresses and shapes are set by tensor name, the shape tensor is read where its host address points, and
+outputs are written to theirs. While CUDA captures a stream, nothing runs; a captured graph runs what was put there,
+with the addresses and shapes of then.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from flashvlm_export.specs import Array, Feeds, GraphSpec
+from helpers.recorded_tensorrt import recorded_module
 
 Run = Callable[[Feeds], dict[str, Array]]
+SURFACES = Path(__file__).parents[1] / "data" / "tensorrt"
+RELEASES = tuple(sorted(file.stem for file in SURFACES.glob("*.json")))
 
 
-def fake_tensorrt(spec: GraphSpec, run: Run, version: str, *, loads: bool = True) -> Any:
-    """Return a module whose engines compute ``run``; ``spec`` says what the tensors are."""
+def surface(version: str) -> Any:
+    """Return what a recorded release offers."""
+    return json.loads((SURFACES / f"{version}.json").read_text())
 
-    class Context:
-        def __init__(self) -> None:
-            self.profile: int | None = None
-            self.addresses: dict[str, int] = {}
-            self.shapes: dict[str, tuple[int, ...]] = {"budget": ()}
 
-        def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-            self.profile = index
-            return True
+def fake_tensorrt(spec: GraphSpec, run: Run, version: str, cuda: FakeCuda, *, loads: bool = True) -> Any:
+    """Return a recorded release whose engines compute ``run``; ``spec`` says what the tensors are.
 
-        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-            self.shapes[name] = tuple(shape)
-            return True
+    ``contexts_used`` of the module lists the profile of each run.
+    """
 
-        def set_tensor_address(self, name: str, address: int) -> bool:
-            self.addresses[name] = address
-            return True
+    def create_context(engine: Any) -> Any:
+        context = module.IExecutionContext.__new__(module.IExecutionContext)
+        context.__dict__.update(profile=None, addresses={}, shapes={"budget": ()})
+        return context
 
-        def execute_async_v3(self, stream: int) -> bool:
+    def set_profile(context: Any, index: int, stream: int) -> bool:
+        context.__dict__["profile"] = index
+        return True
+
+    def set_shape(context: Any, name: str, shape: tuple[int, ...]) -> bool:
+        context.__dict__["shapes"][name] = tuple(shape)
+        return True
+
+    def set_address(context: Any, name: str, address: int) -> bool:
+        context.__dict__["addresses"][name] = address
+        return True
+
+    def execute(context: Any, stream: int) -> bool:
+        state = context.__dict__
+        profile, addresses, shapes = state["profile"], dict(state["addresses"]), dict(state["shapes"])
+
+        def kernels() -> None:
             feeds = {
-                tensor.name: _at(self.addresses[tensor.name], self.shapes[tensor.name], tensor.dtype)
-                for tensor in spec.inputs
+                tensor.name: _at(addresses[tensor.name], shapes[tensor.name], tensor.dtype) for tensor in spec.inputs
             }
             for name, array in run(feeds).items():
-                ctypes.memmove(self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
-            contexts_used.append(self.profile)
-            return True
+                ctypes.memmove(addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
+            module.contexts_used.append(profile)
 
-    contexts_used: list[int | None] = []
-    engine = SimpleNamespace(create_execution_context=Context)
-    return SimpleNamespace(
-        __version__=version,
-        Logger=type("Logger", (), {"ERROR": 1, "__init__": lambda self, level: None}),
-        Runtime=lambda log: SimpleNamespace(deserialize_cuda_engine=lambda data: engine if loads else None),
-        contexts_used=contexts_used,
-    )
+        return cuda.put(kernels)
+
+    behaviour = {
+        "Runtime.deserialize_cuda_engine": lambda runtime, data: _new(module.ICudaEngine) if loads else None,
+        "ICudaEngine.create_execution_context": create_context,
+        "IExecutionContext.set_optimization_profile_async": set_profile,
+        "IExecutionContext.set_input_shape": set_shape,
+        "IExecutionContext.set_tensor_address": set_address,
+        "IExecutionContext.execute_async_v3": execute,
+    }
+    module = recorded_module(surface(version), behaviour)
+    module.contexts_used = []
+    return module
 
 
 class FakeCuda:
-    """``cuda.bindings.runtime`` with host memory; ``allocated`` holds what is not freed."""
+    """``cuda.bindings.runtime`` with host memory; ``allocated`` and ``graphs`` hold what is not freed.
+
+    Args:
+        memory_bytes: of the device.
+        captures: whether what is put on a stream can be captured.
+    """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
 
-    def __init__(self, memory_bytes: int = 1 << 40) -> None:
+    def __init__(self, memory_bytes: int = 1 << 40, *, captures: bool = True) -> None:
         self.memory_bytes = memory_bytes
+        self.captures = captures
         self.allocated: dict[int, Any] = {}
         self.streams = 0
+        self.graphs: list[Any] = []
+        self.replays = 0
+        self._captured: list[Callable[[], None]] | None = None
+
+    def put(self, kernels: Callable[[], None]) -> bool:
+        """Run ``kernels``, or record them while a stream is captured; return whether that worked."""
+        if self._captured is None:
+            kernels()
+        elif not self.captures:
+            return False
+        else:
+            self._captured.append(kernels)
+        return True
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self._captured = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
+        graph, self._captured = self._captured, None
+        return (0, graph) if self.captures else (901, None)
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
+        self.graphs.append(graph)
+        return 0, graph
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
+        return (0,)
+
+    def cudaGraphExecDestroy(self, graph: Any) -> tuple[int]:
+        self.graphs.remove(graph)
+        return (0,)
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
+        for kernels in graph:
+            kernels()
+        self.replays += 1
+        return (0,)
 
     def cudaStreamCreate(self) -> tuple[int, int]:
         self.streams += 1
@@ -78,7 +144,7 @@ class FakeCuda:
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        return (0,)
+        return (0,) if self._captured is None else (900,)
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         if sum(map(len, self.allocated.values())) + size > self.memory_bytes:
@@ -97,6 +163,10 @@ class FakeCuda:
             return (1,)
         ctypes.memmove(target, source, size)
         return (0,)
+
+
+def _new(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 def _at(address: int, shape: tuple[int, ...], dtype: str) -> Array:

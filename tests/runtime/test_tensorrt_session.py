@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.fake_tensorrt import FakeCuda, fake_tensorrt
+from helpers.fake_tensorrt import RELEASES, FakeCuda, fake_tensorrt
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
@@ -24,11 +27,12 @@ from flashvlm_export.engines import (
     find_engine,
     write_entry,
 )
-from flashvlm_export.errors import BundleError, SessionError
+from flashvlm_export.errors import BundleError, SessionError, UsageError
 from flashvlm_export.files import sha256_of
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.profiles import resolve_profiles
-from flashvlm_export.runtime.sessions import tensorrt
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.sessions import tensorrt, tensorrt_worker
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.runtime.sessions.tensorrt import TensorRTSession, require_fit
 from flashvlm_export.specs import VISUAL_OUTPUTS, Feeds, Precision
@@ -93,7 +97,7 @@ def install(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> 
         return dict(zip(VISUAL_OUTPUTS, (outputs.tokens, outputs.indices, outputs.scores), strict=True))
 
     def put(version: str = "10.3.0", *, loads: bool = True) -> Any:
-        module = fake_tensorrt(spec, run, version, loads=loads)
+        module = fake_tensorrt(spec, run, version, cuda, loads=loads)
         monkeypatch.setattr(tensorrt_api, "load", lambda backend: module)
         return module
 
@@ -111,20 +115,115 @@ def feeds(bundle: Bundle, batch: int, text: int, budget: int) -> Feeds:
     }
 
 
-def test_what_comes_back_is_what_the_engine_computed(bundle: Bundle, install: Install, cuda: FakeCuda) -> None:
-    module = install()
-    graph = OnnxRuntimeSession(bundle.graph_file(Precision.FP16), bundle.manifest.graphs["fp16"].spec)
-    with TensorRTSession(bundle, find_engine(bundle)) as session, graph:
+def agrees(session: TensorRTSession, graph: OnnxRuntimeSession, given: Feeds) -> None:
+    have, want = session.run(given), graph.run(given)
+    np.testing.assert_array_equal(have.tokens, want.tokens)
+    np.testing.assert_array_equal(have.indices, want.indices)
+    np.testing.assert_array_equal(have.scores, want.scores)
+
+
+@pytest.fixture
+def graph(bundle: Bundle) -> Iterator[OnnxRuntimeSession]:
+    pytest.importorskip("onnxruntime", reason="what the fake engine computes with")
+    spec = bundle.manifest.graphs["fp16"].spec
+    with OnnxRuntimeSession(bundle.graph_file(Precision.FP16), spec) as session:
+        yield session
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_what_comes_back_is_what_the_engine_computed(
+    bundle: Bundle, install: Install, cuda: FakeCuda, graph: OnnxRuntimeSession, release: str
+) -> None:
+    """With the calls of each recorded release; whatever it lacks would raise."""
+    engine = find_engine(bundle)
+    engine = replace(engine, entry=replace(engine.entry, backend_version=release))
+    module = install(release)
+    with TensorRTSession(bundle, engine) as session:
         held = len(cuda.allocated)
         for sizes in ((3, 40, 16), (1, 16, 8), (1, 1, 1), (2, 7, 5)):
-            given = feeds(bundle, *sizes)
-            have, want = session.run(given), graph.run(given)
-            np.testing.assert_array_equal(have.tokens, want.tokens)
-            np.testing.assert_array_equal(have.indices, want.indices)
-            np.testing.assert_array_equal(have.scores, want.scores)
+            agrees(session, graph, feeds(bundle, *sizes))
         assert len(cuda.allocated) == held == 6  # allocated once: three inputs, three outputs
     assert module.contexts_used == [1, 0, 0, 1]
     assert (cuda.allocated, cuda.streams) == ({}, 0)
+
+
+def test_threads_share_the_engine_and_nothing_else(
+    bundle: Bundle, install: Install, cuda: FakeCuda, graph: OnnxRuntimeSession
+) -> None:
+    """Two threads in the middle of a run at once: each has to find its own inputs and outputs."""
+    install()
+    both = threading.Barrier(2, timeout=60)
+    put = cuda.put
+
+    def meet(kernels: Callable[[], None]) -> bool:
+        both.wait()  # both have uploaded
+        is_well = put(kernels)
+        both.wait()  # both have computed, none has downloaded
+        return is_well
+
+    with TensorRTSession(bundle, find_engine(bundle)) as session, ThreadPoolExecutor(2) as pool:
+        cuda.put = meet  # type: ignore[method-assign]  # the fake's seam
+        runs = [pool.submit(agrees, session, graph, feeds(bundle, batch, 7, 5)) for batch in (1, 2)]
+        for run in runs:
+            run.result()
+        assert len(cuda.allocated) == 18  # of this thread and of both others
+    assert (cuda.allocated, cuda.streams) == ({}, 0)
+
+
+class TestCudaGraphs:
+    def test_each_set_of_sizes_is_captured_once_and_replayed(
+        self, bundle: Bundle, install: Install, cuda: FakeCuda, graph: OnnxRuntimeSession
+    ) -> None:
+        install()
+        rng = np.random.default_rng(0)
+        with TensorRTSession(bundle, find_engine(bundle), cuda_graphs=True) as session:
+            for sizes in ((1, 7, 5), (1, 7, 5), (2, 7, 5), (1, 7, 5), (1, 7, 6), (2, 7, 5)):
+                given = feeds(bundle, *sizes)
+                pixels = rng.standard_normal(given["pixel_values"].shape, np.float32)
+                agrees(session, graph, {**given, "pixel_values": pixels})
+            assert (len(cuda.graphs), cuda.replays) == (3, 3)
+        assert (cuda.allocated, cuda.streams, cuda.graphs) == ({}, 0, [])
+
+    def test_the_least_recently_used_graph_makes_room(
+        self, bundle: Bundle, install: Install, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        install()
+        monkeypatch.setattr(tensorrt_worker, "MOST_GRAPHS", 2)
+        with TensorRTSession(bundle, find_engine(bundle), cuda_graphs=True) as session:
+            for budget in (1, 2, 1, 3, 1, 2):
+                session.run(feeds(bundle, 1, 7, budget))
+            assert (len(cuda.graphs), cuda.replays) == (2, 2)  # 1 twice; 2 gave way to 3 and is captured anew
+
+    def test_an_engine_that_cannot_be_captured_is_refused(
+        self, bundle: Bundle, install: Install, cuda: FakeCuda, graph: OnnxRuntimeSession
+    ) -> None:
+        install()
+        cuda.captures = False
+        with TensorRTSession(bundle, find_engine(bundle), cuda_graphs=True) as session:
+            with pytest.raises(SessionError, match="cannot be captured") as caught:
+                session.run(feeds(bundle, 1, 7, 5))
+            assert "--cuda-graphs" in str(caught.value.hint)
+            # The stream is out of its capture, so that the session is as before.
+            cuda.captures = True
+            agrees(session, graph, feeds(bundle, 1, 7, 5))
+
+    def test_tensorrt_rtx_captures_inside_of_its_contexts(self) -> None:
+        trt = pytest.importorskip("tensorrt_rtx", reason="the names are TensorRT-RTX's own")
+        given: list[Any] = []
+        config = SimpleNamespace(cuda_graph_strategy=None)
+        engine = SimpleNamespace(
+            create_runtime_config=lambda: config, create_execution_context=lambda *args: given.append(args)
+        )
+        for cuda_graphs in (False, True):
+            tensorrt_api.create_context(trt, engine, "tensorrt-rtx", cuda_graphs=cuda_graphs)
+        assert given == [(), (config,)]
+        assert config.cuda_graph_strategy == trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        assert isinstance(trt.ICudaEngine.create_runtime_config, Callable)
+        assert isinstance(trt.IRuntimeConfig.cuda_graph_strategy, property)
+
+    def test_without_an_engine_they_are_refused(self, bundle: Bundle) -> None:
+        with pytest.raises(UsageError, match="CUDA graphs are for TensorRT engines"):
+            Pipeline.open(bundle, cuda_graphs=True)
 
 
 @pytest.mark.parametrize("sizes", [(4, 8, 4), (2, 41, 4), (3, 200, 16)])
