@@ -89,7 +89,7 @@ bench-parity: build/parity/visual.int8.onnx ## each precision against PyTorch on
 
 build/parity/visual.int8.onnx: $(DEMO)/bundle/manifest.json
 	$(BIN)/flashvlm export $(DEMO)/checkpoint --output build/parity --overwrite --diversity farthest --decoder none
-	$(BIN)/flashvlm calibrate build/parity
+	$(BIN)/flashvlm calibrate build/parity --tolerance none
 
 clean: ## remove what the targets above made, .venv included
 	rm -rf build dist $(VENV) .venv-3.* .venv-gpu

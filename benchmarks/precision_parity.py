@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from polygraphy.comparator import CompareFunc, IterationResult
+from polygraphy.comparator import IterationResult, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from flashvlm_export.bundle import Bundle
@@ -102,7 +102,7 @@ def mean_error(want: list[Reading], have: list[Reading]) -> float:
         for readings in (have, want)
     ]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        return float(CompareFunc.simple(check_error_stat="mean")(*results)["tokens"].mean_absdiff)
+        return float(SimpleCompareFunc(check_error_stat="mean")(*results)["tokens"].mean_absdiff)
 
 
 def main() -> int:
