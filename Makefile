@@ -9,7 +9,7 @@ BUNDLE ?= build/$(MODEL)
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine bench bench-export bench-start bench-parity clean
+.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -73,6 +73,10 @@ engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated 
 	  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) --precision fp16
 	test $(PRECISION) != int8 || test -f $(BUNDLE)/visual.int8.onnx || $(BIN)/flashvlm calibrate $(BUNDLE)
 	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --pack --overwrite
+
+report: $(VENV)/installed ## parity and latency of MODEL against PyTorch (WEIGHTS=DIR), exported first where needed
+	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
+	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py

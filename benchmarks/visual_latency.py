@@ -41,9 +41,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from turns import Worker, take_turns
 from visual_variants import FEEDS, make_variant, prepare, say
 
+from flashvlm_export.report.turns import Worker, take_turns
 from flashvlm_export.selection import FlashVLMConfig, select_tokens
 from flashvlm_export.selection.config import DIVERSITIES
 from flashvlm_export.specs import VISUAL_OUTPUTS, Array
@@ -109,7 +109,7 @@ def benchmark(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
     setup = (directory, args.model, args.threads)
     say("comparing outputs")
     with Worker(make_variant, "reference", *setup) as worker:
-        reference = worker.result()
+        reference = worker()
     with contextlib.ExitStack() as stack:
         variants = ["authors", "torch", *(["compiled"] if args.compile else []), *(f"fused {d}" for d in DIVERSITIES)]
         stages = ["products", "vision encoder", "projector", *(f"selection {d}" for d in DIVERSITIES)]
@@ -118,7 +118,7 @@ def benchmark(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
         for name in [*variants, *stages, *front]:
             worker = stack.enter_context(Worker(make_variant, name, *setup))
             try:
-                outputs[name] = worker.result()
+                outputs[name] = worker()
             except RuntimeError as error:
                 if name != "compiled":  # without a C++ compiler, or on an untried torch: recorded as the result
                     raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,14 @@ class LlavaReference:
 
     Args:
         directory: checkpoint in Hugging Face layout.
+        language_attention: transformers' attention implementation for the language model; the vision tower's is eager,
+            which alone gives attention maps away.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
+        attention = {"": "eager", "vision_config": "eager", "text_config": language_attention}
         self.model: Any = LlavaForConditionalGeneration.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            directory, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         ).eval()
 
     def encode(self, pixel_values: Array) -> tuple[Array, Array, Array]:
@@ -80,6 +84,16 @@ class LlavaReference:
             input_ids=torch.from_numpy(expanded)[None],
             pixel_values=torch.from_numpy(pixel_values),
         )
+
+    def stream(self, inputs_embeds: Array, max_new_tokens: int) -> Iterator[int]:
+        """Yield greedy token ids for one prompt ``[S, D]`` as each is known, past the end of the answer too."""
+        given: dict[str, Any] = {"inputs_embeds": torch.from_numpy(inputs_embeds)[None]}
+        for _ in range(max_new_tokens):
+            with torch.no_grad():
+                output = self.model(**given, use_cache=True, logits_to_keep=1)
+            token = output.logits[:, -1:].argmax(-1)
+            yield int(token)
+            given = {"input_ids": token, "past_key_values": output.past_key_values}
 
     def _greedy(self, max_new_tokens: int, **inputs: torch.Tensor) -> list[int]:
         first = next(iter(inputs.values()))

@@ -106,6 +106,10 @@ class LLMError(FlashVLMError):
     """The language model engine cannot take this prompt or these settings."""
 
 
+class ReportError(FlashVLMError):
+    """A check of a report failed; the report was written."""
+
+
 class StorageError(FlashVLMError):
     """Not enough disk space, or a path that cannot be written."""
 

@@ -7,6 +7,7 @@
 - ``build.py``    bundle → engine
 - ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
+- ``report.py``   bundle against PyTorch → one page
 - ``inspect.py``  what a bundle holds, and whether it is whole
 - ``output.py``   one JSON object for machines, text for people
 """
@@ -18,11 +19,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import build, calibrate, export, inspect, models, pack, targets
+from flashvlm_export.cli import build, calibrate, export, inspect, models, pack, report, targets
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, inspect)
+_VERBS = (models, targets, export, calibrate, build, pack, run_, report, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

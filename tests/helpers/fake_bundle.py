@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from flashvlm_export.bundle import Bundle, describe_files, write_manifest
+from flashvlm_export.engines import SCHEMA_VERSION as ENGINE_SCHEMA_VERSION
+from flashvlm_export.engines import BuildSettings, EngineEntry, engine_file, write_entry
+from flashvlm_export.files import sha256_of
 from flashvlm_export.manifest import SCHEMA_VERSION, GraphEntry, Manifest, PromptSettings, Selection, Source
+from flashvlm_export.profiles import resolve_profiles
 from flashvlm_export.specs import Precision, VisualDims, visual_graph_spec
 
 FILES = {
@@ -41,3 +46,28 @@ def make_fake_bundle(path: Path, *, seed: int = 0) -> Bundle:
     )
     write_manifest(path, manifest)
     return Bundle.open(path, verify=True)
+
+
+def add_engine(bundle: Bundle, target: str, profiles: Sequence[str] = ()) -> None:
+    """Put a file in the place of an fp16 engine of TensorRT 10.3 for compute capability 8.9, and its sidecar."""
+    file = engine_file(bundle, target, Precision.FP16)
+    file.parent.mkdir()
+    file.write_bytes(b"an engine")
+    spec = bundle.manifest.graphs["fp16"].spec
+    entry = EngineEntry(
+        schema_version=ENGINE_SCHEMA_VERSION,
+        target=target,
+        backend="tensorrt",
+        backend_version="10.3.0",
+        compute_capabilities=["8.9"],
+        precision="fp16",
+        graph_sha256=bundle.graph_sha256(Precision.FP16),
+        engine_sha256=sha256_of(file),
+        size_bytes=file.stat().st_size,
+        profiles=[list(profile) for profile in resolve_profiles(spec, profiles)],
+        settings=BuildSettings(),
+        build_s=1.0,
+        peak_memory_bytes=1,
+        census={},
+    )
+    write_entry(file, entry)

@@ -14,23 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.fake_bundle import add_engine
 from helpers.fake_tensorrt import RELEASES, FakeCuda, fake_tensorrt
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
 from flashvlm_export.engines import (
-    SCHEMA_VERSION,
     BuildSettings,
     EngineEntry,
-    engine_file,
     find_engine,
-    write_entry,
 )
 from flashvlm_export.errors import BundleError, SessionError, UsageError
-from flashvlm_export.files import sha256_of
 from flashvlm_export.gpu import Gpu, gpu_at_hand
-from flashvlm_export.profiles import resolve_profiles
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.sessions import tensorrt, tensorrt_worker
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
@@ -45,27 +41,7 @@ PROFILES = ["batch=1,text=1:8:16,budget=1:4:8", "batch=1:2:3,text=1:8:40"]
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
     """The tiny bundle with a file in the place of an engine, and its sidecar."""
     bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    file = engine_file(bundle, "l4", Precision.FP16)
-    file.parent.mkdir()
-    file.write_bytes(b"an engine")
-    spec = bundle.manifest.graphs["fp16"].spec
-    entry = EngineEntry(
-        schema_version=SCHEMA_VERSION,
-        target="l4",
-        backend="tensorrt",
-        backend_version="10.3.0",
-        compute_capabilities=["8.9"],
-        precision="fp16",
-        graph_sha256=bundle.graph_sha256(Precision.FP16),
-        engine_sha256=sha256_of(file),
-        size_bytes=file.stat().st_size,
-        profiles=[list(profile) for profile in resolve_profiles(spec, PROFILES)],
-        settings=BuildSettings(),
-        build_s=1.0,
-        peak_memory_bytes=1,
-        census={},
-    )
-    write_entry(file, entry)
+    add_engine(bundle, "l4", PROFILES)
     return bundle
 
 

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
+from flashvlm_export.errors import FlashVLMError
+
 # A function that returns sooner than this is called several times in a row.
 _SHORTEST_MS = 300.0
 
@@ -23,32 +25,41 @@ class Worker:
     """A process that makes a function and calls it when asked.
 
     Args:
-        make: module-level function; what it returns is called without arguments.
+        make: module-level function; what it returns is called.
         arguments: of ``make``.
     """
 
-    def __init__(self, make: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
+    def __init__(self, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, make, arguments), daemon=True)
         self._process.start()
         other.close()
 
-    def result(self) -> Any:
-        """Call the function once and return what it returned; raise :class:`RuntimeError` with its traceback."""
-        return self._ask(None)
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the function and return what it returned.
+
+        Raises:
+            FlashVLMError: the one that the function, or its making, raised.
+            RuntimeError: with the traceback of anything else.
+        """
+        return self._ask(None, arguments)
 
     def mean_ms(self, calls: int) -> float:
-        """Return milliseconds of a call, the mean of ``calls`` in a row."""
-        mean_ms: float = self._ask(calls)
+        """Return milliseconds of a call without arguments, the mean of ``calls`` in a row."""
+        mean_ms: float = self._ask(calls, ())
         return mean_ms
 
-    def _ask(self, calls: int | None) -> Any:
-        self._pipe.send(calls)
-        is_well, answer = self._pipe.recv()
-        if not is_well:
-            raise RuntimeError(answer)
-        return answer
+    def _ask(self, calls: int | None, arguments: tuple[Any, ...]) -> Any:
+        try:
+            self._pipe.send((calls, arguments))
+            is_well, answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError) as error:
+            self._process.join(30)
+            raise RuntimeError(f"the process ended: exit code {self._process.exitcode}") from error
+        if is_well:
+            return answer
+        raise answer if isinstance(answer, FlashVLMError) else RuntimeError(answer)
 
     def __enter__(self) -> Worker:
         return self
@@ -61,21 +72,23 @@ class Worker:
         self._process.kill()
 
 
-def _serve(pipe: Connection, make: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...]) -> None:
+def _serve(pipe: Connection, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
     try:
         function = make(*arguments)
         while True:
-            calls = pipe.recv()
+            calls, given = pipe.recv()
             if calls is None:
-                pipe.send((True, function()))
+                pipe.send((True, function(*given)))
                 continue
             start = time.perf_counter()
             for _ in range(calls):
                 function()
             pipe.send((True, (time.perf_counter() - start) * 1e3 / calls))
-    except EOFError:
-        pass  # the parent is gone
-    except Exception:  # whatever a variant raises is the parent's to report
+    except (EOFError, KeyboardInterrupt):
+        pass  # the parent is gone, or going
+    except FlashVLMError as error:
+        pipe.send((False, error))
+    except Exception:  # whatever else is raised is the parent's to report
         pipe.send((False, traceback.format_exc()))
 
 

@@ -1,0 +1,209 @@
+"""What the report compares: PyTorch, and a bundle in each backend. Each is made and called in a process of its own.
+
+A backend answers ``examples[index]`` with ``budget`` visual tokens per image and returns a :class:`Run`.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.engines import list_engines
+from flashvlm_export.specs import Array
+
+Pair = tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One question about one image.
+
+    Attributes:
+        stage_ms: milliseconds of each stage, in order.
+        tokens: float32 ``[K, D]``, the kept visual tokens.
+        features: float32 ``[N, C]``, patch features; PyTorch only.
+        indices: int64 ``[K]``: which they are.
+        scores: ``[N]``.
+        peak_memory_bytes: of the process so far.
+        token_ids: of the answer, without its end; empty without a language model.
+        text: of the answer.
+        prompt_tokens: that the language model read.
+        decoded: steps of decoding after the first token.
+    """
+
+    stage_ms: dict[str, float]
+    tokens: Array
+    features: Array | None
+    indices: Array
+    scores: Array
+    peak_memory_bytes: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    prompt_tokens: int = 0
+    decoded: int = 0
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run the bundle.
+
+    Attributes:
+        name: for tables.
+        precision: of its graph.
+        options: for ``Pipeline.open``.
+    """
+
+    name: str
+    precision: str
+    options: Mapping[str, Any]
+
+
+def backends_of(bundle: Bundle) -> list[Backend]:
+    """Return every graph on each ONNX Runtime provider there is, and every engine; opening shows what runs."""
+    import onnxruntime
+
+    found = []
+    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
+        if provider in onnxruntime.get_available_providers():
+            name = f"ONNX Runtime {provider.removesuffix('ExecutionProvider')}"
+            found += [
+                Backend(name, precision, {"precision": precision, "providers": (provider,)})
+                for precision in bundle.manifest.graphs
+            ]
+    for engine in list_engines(bundle):
+        entry = engine.entry
+        options = {"engine": entry.target, "precision": entry.precision}
+        found.append(Backend(f"{entry.backend} {entry.target}", entry.precision, options))
+    return found
+
+
+def make_session(
+    backend: Backend, bundle: Path, pairs: Sequence[Pair], max_tokens: int, threads: int
+) -> Callable[[int, int], Run]:
+    """Return the bundle's pipeline in ``backend`` as a function of example and budget."""
+    from flashvlm_export.runtime.llm.base import SamplingParams
+    from flashvlm_export.runtime.pipeline import Pipeline, Request
+
+    opened = Bundle.open(bundle)
+    has_llm = opened.manifest.decoder is not None
+    pipeline = Pipeline.open(opened, threads=threads, with_llm=has_llm, **backend.options)
+    pipeline.load()
+    params = SamplingParams(max_new_tokens=max_tokens)
+
+    def run(index: int, budget: int) -> Run:
+        image, question = pairs[index]
+        (prompt,) = pipeline.encode([Request([image], question)], budget=budget)
+        start = prompt.prompt.image_positions[0]
+        tokens = prompt.inputs_embeds[start : start + budget]
+        visual = Run(prompt.stage_ms, tokens, None, prompt.indices[0], prompt.scores[0], _peak_memory_bytes())
+        if not has_llm:
+            return visual
+        answer = pipeline.answer(prompt, params)
+        return replace(
+            visual,
+            stage_ms=answer.stage_ms,
+            token_ids=answer.token_ids,
+            text=answer.text,
+            prompt_tokens=answer.stats.prompt_tokens,
+            # The step that found the end of the answer is timed, but hands out no token.
+            decoded=answer.stats.new_tokens - (answer.stats.finish_reason != "stop"),
+            peak_memory_bytes=_peak_memory_bytes(),
+        )
+
+    return run
+
+
+def make_pytorch(
+    bundle: Path, checkpoint: Path, pairs: Sequence[Pair], max_tokens: int, threads: int
+) -> Callable[[int, int], Run]:
+    """Return the same in PyTorch: transformers' model in float32, the selector's torch module between its two halves.
+
+    The vision tower runs with eager attention, since the selection needs an attention map; the language model with
+    scaled dot-product attention. Reading and preprocessing the image and tokenising are the runtime's, which are those
+    of the checkpoint to the last bit.
+    """
+    import torch
+
+    from flashvlm_export.export.reference import LlavaReference
+    from flashvlm_export.runtime.embeddings import splice
+    from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
+    from flashvlm_export.runtime.images import load_image
+    from flashvlm_export.selection import get_selector
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    opened = Bundle.open(bundle)
+    inputs, manifest = GraphInputs(opened), opened.manifest
+    prompts: Any = inputs.prompts
+    selector = get_selector(manifest.selection.selector)
+    select = selector.make_module(selector.make_config(manifest.selection.config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' advice on generation settings
+        reference = LlavaReference(checkpoint, language_attention="sdpa")
+    ends = set(manifest.prompt.eos_token_ids) if manifest.prompt else set()
+
+    def run(index: int, budget: int) -> Run:
+        image, question = pairs[index]
+        laps = _Laps()
+        prompt = prompts.chat(question)
+        rows = inputs.embeddings.lookup(prompt.text_ids("prompt"), np.float32)
+        laps.end("tokenize")
+        pixels = load_image(image)
+        laps.end("load_images")
+        feeds = visual_feeds(inputs.preprocess([pixels]), [rows], budget)
+        laps.end("preprocess")
+        features, saliency, tokens = reference.encode(feeds["pixel_values"])
+        laps.end("vision")
+        given = (features, saliency, tokens, feeds["text_embeds"], feeds["text_mask"], feeds["budget"])
+        marked, scores = select(*map(torch.from_numpy, given))
+        indices = np.flatnonzero(marked[0].numpy())
+        laps.end("selection")
+        kept = tokens[0][indices]
+        spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [kept])
+        laps.end("splice")
+        visual = Run(laps.ms, kept, features[0], indices, scores[0].numpy(), _peak_memory_bytes())
+        if manifest.decoder is None:
+            return visual
+        ids: list[int] = []
+        for token in reference.stream(spliced, max_tokens):
+            laps.end("decode" if ids else "prefill")
+            ids.append(token)
+            if token in ends:
+                break
+        decoded = len(ids) - 1
+        if ids[-1] in ends:
+            ids.pop()
+        return replace(
+            visual,
+            token_ids=ids,
+            text=prompts.tokenizer.decode(ids),
+            prompt_tokens=len(spliced),
+            decoded=decoded,
+            peak_memory_bytes=_peak_memory_bytes(),
+        )
+
+    return run
+
+
+class _Laps:
+    def __init__(self) -> None:
+        self.ms: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """Add the time since the last lap to ``stage``."""
+        now = time.perf_counter()
+        self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1e3
+        self._last = now
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,59 @@
+"""Measuring and writing: the whole of ``flashvlm report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.files import atomic_write, storage_errors
+from flashvlm_export.progress import Progress
+from flashvlm_export.report.measure import Measured, ReportSettings, check_settings, measure
+from flashvlm_export.report.pages import Picture, to_html, to_markdown
+from flashvlm_export.report.records import Report
+
+# Of more examples, the first ones are drawn: each picture is some 100 kB of the page.
+MOST_PICTURES = 8
+
+
+def write_report(settings: ReportSettings, output: Path, progress: Progress | None = None) -> Report:
+    """Measure, and write ``report.json``, ``report.md`` and ``report.html`` into ``output``.
+
+    Raises:
+        BundleError, CheckpointError, ConfigError, ImageError, StorageError: see their messages; a report that stood
+            there is as it was.
+    """
+    progress = progress or Progress()
+    check_settings(settings)
+    with storage_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    measured = measure(settings, progress)
+    report = measured.report
+    progress.step(f"writing {output}")
+    contents = {
+        "report.json": msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n",
+        "report.md": to_markdown(report).encode(),
+        "report.html": to_html(report, _draw(settings, measured)).encode(),
+    }
+    with storage_errors(output):
+        for name, content in contents.items():
+            with atomic_write(output / name) as temporary:
+                temporary.write_bytes(content)
+    return report
+
+
+def _draw(settings: ReportSettings, measured: Measured) -> list[Picture]:
+    from flashvlm_export.runtime.graph_inputs import GraphInputs
+    from flashvlm_export.runtime.heatmap import draw_selection
+    from flashvlm_export.runtime.images import load_image
+
+    bundle = Bundle.open(settings.bundle)
+    preprocess, budget = GraphInputs(bundle).preprocess, measured.report.settings.budgets[0]
+    pictures = []
+    for index, (image, question) in enumerate(settings.pairs[:MOST_PICTURES]):
+        indices, scores = measured.selections[index, budget]
+        view = preprocess.view(load_image(image))
+        drawing = draw_selection(view, indices, scores, bundle.manifest.dims.grid, question)
+        pictures.append(Picture(index, f"{image.name}: {question}", drawing))
+    return pictures

@@ -1,0 +1,129 @@
+"""``flashvlm report`` on the tiny model: transformers in PyTorch against the bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="PyTorch is what the report compares with")
+pytest.importorskip("skimage", reason="photographs of scikit-image")
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.calibration.photographs import packaged_photographs
+from flashvlm_export.cli import main
+from flashvlm_export.report.records import Report
+
+ARGUMENTS = ["--max-images", "2", "--rounds", "2", "--warm-up", "1", "--max-tokens", "4", "--budgets", "6,3"]
+
+
+@pytest.fixture(scope="module")
+def written(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("report") / "new"
+    command = ["report", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--output", str(output)]
+    # fp16 on a model of 16 patches: one exchanged token is a third of a kept set of six.
+    assert main([*command, *ARGUMENTS, "--require", "fp16.iou=0.3"]) == 0
+    return output
+
+
+@pytest.fixture
+def report(written: Path) -> Report:
+    import msgspec
+
+    return msgspec.json.decode((written / "report.json").read_bytes(), type=Report)
+
+
+def test_the_float32_graph_answers_as_pytorch_does(report: Report) -> None:
+    (row,) = [row for row in report.parity if row.precision == "fp32"]
+    assert (row.backend, row.iou, row.important_iou) == ("ONNX Runtime CPU", 1.0, 1.0)
+    assert (row.same_answers, row.answers) == (6, 6)  # two images at 6, 3 and all tokens
+    # Sums of a few hundred float32 products, in another order.
+    assert row.max_error < 1e-5
+
+
+def test_every_backend_and_budget_was_timed(report: Report) -> None:
+    assert report.settings.budgets == [6, 3, 16]
+    rows = {(row.backend, row.precision, row.budget) for row in report.latency}
+    names = {("PyTorch", "fp32"), ("ONNX Runtime CPU", "fp32"), ("ONNX Runtime CPU", "fp16")}
+    assert rows == {(*name, budget) for name in names for budget in (6, 3, 16)}
+    for row in report.latency:
+        shares = {"vision", "selection"} if row.backend == "PyTorch" else {"visual"}
+        assert shares | {"preprocess", "prefill", "decode"} <= set(row.stages)
+        before = sum(times.p50_ms for stage, times in row.stages.items() if stage != "decode")
+        # A median of sums lies near the sum of medians: of two rounds, both are means.
+        assert row.time_to_first_token.p50_ms == pytest.approx(before, rel=1e-3)
+        assert row.time_to_first_token.p50_ms <= row.time_to_first_token.p99_ms
+    texts = {row.budget: row.prompt_tokens - row.budget for row in report.latency}
+    assert len(set(texts.values())) == 1  # the same text around more or fewer visual tokens
+
+
+def test_the_same_answers_stand_on_the_page(report: Report, written: Path) -> None:
+    page = (written / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == 2
+    for example, image in zip(report.examples, packaged_photographs(), strict=False):
+        assert example.answers["PyTorch fp32"] == example.answers["ONNX Runtime CPU fp32"]
+        assert image.name
+        assert example.image in page
+    assert "| PyTorch fp32 | 6 |" in (written / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_missed_requirement_fails_and_the_report_is_there(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["report", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path), "--json"]
+    assert main([*command, *ARGUMENTS, "--require", "fp16.cosine=1.1", "--require", "fp16.iou=0"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 4 checks failed" in captured.err
+    assert [check["passed"] for check in json.loads(captured.out)["checks"]].count(False) == 1
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--budgets", "6,17"], 2, "17"),
+        (["--budgets", "six"], 2, "--budgets takes whole numbers"),
+        (["--max-images", "0"], 2, "no images"),
+        (["--require", "fp16.iou"], 2, "not a requirement"),
+        (["--require", "int9.iou=1"], 2, "nothing of this name is measured"),
+        (["--rounds", "0"], 2, "--rounds"),
+        (["--threads", "0"], 2, "--threads"),
+        (["--images", "nowhere"], 2, "no such image folder"),
+    ],
+)
+def test_what_is_asked_wrongly_is_said_before_anything_runs(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    code: int,
+    message: str,
+) -> None:
+    output = tmp_path / "report"
+    command = ["report", str(tiny_bundle), "--checkpoint", str(tmp_path / "none"), "--output", str(output)]
+    assert main([*command, "--budgets", "6", *more]) == code
+    assert message in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_no_checkpoint_no_bundle(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report"
+    where = ["--output", str(output), "--budgets", "6"]
+    assert main(["report", str(tiny_bundle), "--checkpoint", str(tmp_path / "none"), *where]) == 1
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "none"), "--checkpoint", str(tmp_path), *where]) == 1
+    assert not output.exists()
+
+
+def test_an_engine_that_cannot_run_here_is_named(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from helpers.fake_bundle import add_engine
+
+    bundle = Bundle.open(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    add_engine(bundle, "l4")
+    command = ["report", str(bundle.path), "--checkpoint", str(tiny_checkpoint), "--output", str(tmp_path / "report")]
+    assert main([*command, *ARGUMENTS, "--require", "fp16.iou=0"]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert list(report["not_run"]) == ["tensorrt l4 fp16"]
+    assert "tensorrt l4" not in {row["backend"] for row in report["latency"]}
