@@ -6,10 +6,11 @@ MODEL ?= llava-1.5-7b
 WEIGHTS ?= auto
 PRECISION ?= fp16
 BUNDLE ?= build/$(MODEL)
+OUTPUT ?= build/eval/$(notdir $(BUNDLE))-$(notdir $(basename $(DATA)))
 DEMO := build/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report bench bench-export bench-start bench-parity clean
+.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -77,6 +78,12 @@ engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated 
 report: $(VENV)/installed ## parity and latency of MODEL against PyTorch (WEIGHTS=DIR), exported first where needed
 	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
 	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report
+
+# BUDGETS: a list such as full,128,32. What is answered is kept in OUTPUT and not asked again.
+eval: $(VENV)/installed ## accuracy of MODEL in BUNDLE, exported first where needed, on DATA (BUDGETS, OUTPUT)
+	$(if $(DATA),,$(error DATA=FILE.jsonl is missing: flashvlm dataset makes one from the files of a benchmark))
+	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
+	$(BIN)/flashvlm eval $(BUNDLE) --data $(DATA) --output $(OUTPUT) $(if $(BUDGETS),--budgets $(BUDGETS))
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py

@@ -7,6 +7,9 @@
     │   ├── BudgetError       token budget outside 1..N, or not a whole number
     │   ├── PromptError       empty question, or placeholders that do not match the images
     │   └── ConfigError       unknown model, selector, precision, or a setting out of range
+    ├── DatasetError          questions that cannot be used: broken lines, missing images, unknown metrics
+    ├── JournalError          recorded answers of another bundle, or being written by another process
+    ├── EvaluationError       questions that the model could not answer
     ├── ImageError            an image that cannot be read, or is not safe to read
     ├── CheckpointError       source weights: not found, incomplete, or of the wrong shape
     ├── BundleError           a bundle that is missing, damaged, half-written or too new
@@ -72,6 +75,18 @@ class PromptError(UsageError):
 
 class ConfigError(UsageError):
     """A name or setting that does not exist, or a value outside its range."""
+
+
+class DatasetError(FlashVLMError):
+    """A data set, or a published file that one is made from, cannot be used; the message names each line."""
+
+
+class JournalError(FlashVLMError):
+    """The recorded answers of an output directory are not this run's to continue."""
+
+
+class EvaluationError(FlashVLMError):
+    """Some questions could not be answered; the answers to the others are kept."""
 
 
 class ImageError(FlashVLMError):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runtime tests on another Python with the base install and ONNX Runtime only, as on a device: no torch.
+# Tests of runtime and evaluation on another Python with the base install and ONNX Runtime only, as on a device: no torch.
 # usage: tests/runtime_lane.sh VERSION LANE_DIR   (LANE_DIR/bundle is a bundle to test with)
 set -euo pipefail
 version=$1
@@ -16,4 +16,4 @@ if [ ! -f "$venv/installed" ] || [ pyproject.toml -nt "$venv/installed" ]; then
   touch "$venv/installed"
 fi
 echo "runtime lane: $("$venv/bin/python" --version)"
-FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime
+FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime tests/evaluation tests/integration/test_eval_cli.py

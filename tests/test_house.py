@@ -27,6 +27,7 @@ ALLOWED = {
     "cli": set(),
     # PyTorch is one of the backends that it compares, in a process of its own.
     "report": {"onnxruntime", "torch"},
+    "evaluation": {"matplotlib"},
     "export": {
         "torch",
         "transformers",
@@ -227,4 +228,16 @@ def test_readme_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
     lines = re.findall(r"^flashvlm (.*?)(?:\s+#.*)?$", readme, re.MULTILINE)
     verbs = {build_parser().parse_args(shlex.split(line)).verb for line in lines}
-    assert verbs == {"models", "targets", "export", "calibrate", "build", "pack", "inspect", "report", "run"}
+    assert verbs == {
+        "models",
+        "targets",
+        "export",
+        "calibrate",
+        "build",
+        "pack",
+        "inspect",
+        "report",
+        "run",
+        "dataset",
+        "eval",
+    }

@@ -8,7 +8,10 @@
 - ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
 - ``report.py``   bundle against PyTorch → one page
+- ``dataset.py``  published benchmark → data set
+- ``eval.py``     data set → accuracy over budget
 - ``inspect.py``  what a bundle holds, and whether it is whole
+- ``backend.py``  options of the verbs that answer questions
 - ``output.py``   one JSON object for machines, text for people
 """
 
@@ -19,11 +22,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import build, calibrate, export, inspect, models, pack, report, targets
+from flashvlm_export.cli import build, calibrate, dataset, export, inspect, models, pack, report, targets
+from flashvlm_export.cli import eval as eval_
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, report, inspect)
+_VERBS = (models, targets, export, calibrate, build, pack, run_, report, dataset, eval_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

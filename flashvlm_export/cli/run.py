@@ -7,15 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import UsageError
-
-# What TensorRT does not take of a graph, ONNX Runtime gives to CUDA.
-_PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,32 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
     )
-    parser.add_argument(
-        "--text-span",
-        choices=("prompt", "question"),
-        default="prompt",
-        help="text that guides selection: the whole prompt, as the authors do, or the question alone",
-    )
-    parser.add_argument(
-        "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
-    )
-    parser.add_argument(
-        "--engine",
-        metavar="TARGET",
-        nargs="?",
-        const="auto",
-        help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one)",
-    )
-    parser.add_argument(
-        "--cuda-graphs", action="store_true", help="replay the engine's kernels as one CUDA graph for each set of sizes"
-    )
-    parser.add_argument(
-        "--provider",
-        choices=sorted(_PROVIDERS),
-        default="cpu",
-        help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
-    )
-    parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
+    add_backend_arguments(parser)
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens; 0 = all")
@@ -82,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Answer, stream the text, print times; write the heat map if asked."""
     from flashvlm_export.runtime.llm.base import SamplingParams
-    from flashvlm_export.runtime.pipeline import Pipeline, Request
+    from flashvlm_export.runtime.pipeline import Request
 
     params = SamplingParams(
         max_new_tokens=args.max_tokens,
@@ -97,15 +66,7 @@ def run(args: argparse.Namespace) -> None:
         from flashvlm_export.runtime.heatmap import check_picture_path
 
         check_picture_path(args.heatmap)
-    pipeline = Pipeline.open(
-        Bundle.open(args.bundle),
-        precision=args.precision,
-        engine=args.engine,
-        cuda_graphs=args.cuda_graphs,
-        providers=_PROVIDERS[args.provider],
-        threads=args.threads,
-        with_llm=not args.visual_only,
-    )
+    pipeline = pipeline_from(args, Bundle.open(args.bundle), with_llm=not args.visual_only)
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:

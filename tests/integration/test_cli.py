@@ -168,7 +168,7 @@ def test_an_interrupt_inside_exec_ends_with_the_code_of_an_interrupt(tmp_path: P
 
 def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
-    for verb in ("models", "export", "run", "inspect"):
+    for verb in ("models", "export", "run", "dataset", "eval", "inspect"):
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
         assert stopped.value.code == 0
@@ -177,4 +177,5 @@ def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert "(default: fp32,fp16)" in shown["export"]
     assert "(default: auto)" in shown["export"]
     assert "longest answer, in tokens (default: 128)" in shown["run"]
+    assert "longest answer, in tokens (default: 64)" in shown["eval"]
     assert "(default: None)" not in "".join(shown.values())

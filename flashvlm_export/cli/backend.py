@@ -1,0 +1,63 @@
+"""Options that say what runs the graph and the language model, shared by the verbs that answer questions."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from flashvlm_export.bundle import Bundle
+
+if TYPE_CHECKING:
+    from flashvlm_export.runtime.pipeline import Pipeline
+
+# What TensorRT does not take of a graph, ONNX Runtime gives to CUDA.
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+}
+
+
+def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--text-span``, ``--precision``, ``--engine``, ``--cuda-graphs``, ``--provider`` and ``--threads``."""
+    parser.add_argument(
+        "--text-span",
+        choices=("prompt", "question"),
+        default="prompt",
+        help="text that guides selection: the whole prompt, as the authors do, or the question alone",
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
+    )
+    parser.add_argument(
+        "--engine",
+        metavar="TARGET",
+        nargs="?",
+        const="auto",
+        help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one)",
+    )
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="replay the engine's kernels as one CUDA graph for each set of sizes"
+    )
+    parser.add_argument(
+        "--provider",
+        choices=sorted(PROVIDERS),
+        default="cpu",
+        help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
+
+
+def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = True) -> Pipeline:
+    """Return the pipeline that the options ask for; ``with`` opens it."""
+    from flashvlm_export.runtime.pipeline import Pipeline
+
+    return Pipeline.open(
+        bundle,
+        precision=args.precision,
+        engine=args.engine,
+        cuda_graphs=args.cuda_graphs,
+        providers=PROVIDERS[args.provider],
+        threads=args.threads,
+        with_llm=with_llm,
+    )

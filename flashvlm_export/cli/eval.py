@@ -1,0 +1,201 @@
+"""flashvlm eval: accuracy of a bundle over its token budget, on questions with known answers."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashvlm_export import __version__
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.backend import PROVIDERS, add_backend_arguments, pipeline_from
+from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.errors import ConfigError, DependencyError
+from flashvlm_export.files import atomic_write
+from flashvlm_export.progress import Progress
+
+if TYPE_CHECKING:
+    from flashvlm_export.evaluation.dataset import DataSet
+    from flashvlm_export.evaluation.evaluate import Ask
+    from flashvlm_export.evaluation.journal import Journal, RunSettings
+    from flashvlm_export.evaluation.results import Results
+    from flashvlm_export.runtime.pipeline import Pipeline
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``flashvlm eval``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="questions as JSON lines; flashvlm dataset makes them from published files",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        required=True,
+        help="for answers, results.json and accuracy.svg; given again, the evaluation goes on where it ended",
+    )
+    parser.add_argument(
+        "--budgets",
+        metavar="LIST",
+        help="visual tokens to keep per image, with commas; full keeps all (default: full, a third, two ninths and a "
+        "ninth of it: 576,192,128,64 for LLaVA-1.5)",
+    )
+    parser.add_argument("--kinds", metavar="LIST", help="only these kinds of question, with commas")
+    parser.add_argument("--limit", metavar="N", type=int, help="only N questions, drawn at random")
+    parser.add_argument("--seed", metavar="SEED", type=int, default=0, help="of that draw, and of the intervals")
+    parser.add_argument("--max-tokens", metavar="N", type=int, default=64, help="longest answer, in tokens")
+    add_backend_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer what is not answered yet, then write and print the figures."""
+    from flashvlm_export.evaluation.dataset import read_dataset
+    from flashvlm_export.evaluation.evaluate import answer_missing, parse_budgets, question_keys
+    from flashvlm_export.evaluation.journal import Journal
+
+    for name, least in (("seed", 0), ("max_tokens", 1)):
+        if getattr(args, name) < least:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is out of range", received=getattr(args, name), expected=f"{least} or more"
+            )
+    bundle = Bundle.open(args.bundle)
+    visual_tokens = bundle.manifest.dims.num_patches
+    budgets = parse_budgets(args.budgets, visual_tokens)
+    whole = read_dataset(args.data)
+    data = _chosen(whole, args)
+    pipeline = pipeline_from(args, bundle)
+    settings = _settings(args, bundle, pipeline)
+    progress = Progress.on_stderr()
+    progress.step(f"{len(data.questions)} question(s) of {args.data}, budgets {', '.join(map(str, budgets))}")
+    keys = question_keys(data.questions, progress)
+    with Journal(args.output, settings) as journal:
+        if journal.damaged:
+            progress.note(f"NOTE: {journal.damaged} damaged line(s) in {journal.path} are answered again")
+        try:
+            answer_missing(data.questions, keys, budgets, journal, _asking(args, pipeline), progress)
+        except KeyboardInterrupt:
+            print(
+                f"{len(journal.answers)} answers are kept in {journal.path}; the same command goes on from there",
+                file=sys.stderr,
+            )
+            raise
+        _report(args, _results(args, data, keys, budgets, journal, visual_tokens))
+
+
+def _chosen(whole: DataSet, args: argparse.Namespace) -> DataSet:
+    data = whole
+    if args.kinds is not None:
+        data = data.of_kinds([kind.strip() for kind in args.kinds.split(",")])
+    return data if args.limit is None else data.sample(args.limit, args.seed)
+
+
+def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline) -> RunSettings:
+    from flashvlm_export.engines import find_engine
+    from flashvlm_export.evaluation.evaluate import bundle_sha256
+    from flashvlm_export.evaluation.journal import RunSettings
+    from flashvlm_export.specs import Precision
+
+    provider = PROVIDERS[args.provider][0]
+    engine = None
+    precision = Precision(args.precision or next(iter(bundle.manifest.graphs)))
+    backend = f"{pipeline.session.name} {provider}"
+    if args.engine is not None:
+        wanted = None if args.precision is None else precision
+        engine = find_engine(bundle, wanted, None if args.engine == "auto" else args.engine)
+        precision = Precision(engine.entry.precision)
+        backend = f"{engine.entry.backend} {engine.entry.target}, decoder on {provider}"
+    return RunSettings(
+        bundle.manifest.source.model,
+        bundle_sha256(bundle, precision, engine),
+        precision.value,
+        backend,
+        args.max_tokens,
+        args.text_span,
+    )
+
+
+@contextmanager
+def _asking(args: argparse.Namespace, pipeline: Pipeline) -> Iterator[Ask]:
+    """Open the pipeline and yield a function that answers one question, greedily."""
+    from flashvlm_export.evaluation.evaluate import Reply
+    from flashvlm_export.runtime.llm.base import SamplingParams
+
+    params = SamplingParams(max_new_tokens=args.max_tokens)
+
+    def ask(image: Path, question: str, budget: int) -> Reply:
+        answer = pipeline.ask(image, question, budget=budget, params=params, text_span=args.text_span)
+        return Reply(answer.text, answer.stats.new_tokens, answer.stats.finish_reason)
+
+    with pipeline:
+        yield ask
+
+
+def _results(
+    args: argparse.Namespace, data: DataSet, keys: list[str], budgets: list[int], journal: Journal, visual_tokens: int
+) -> Results:
+    """Return the figures at ``budgets``, and at whatever others an earlier run has answered these questions."""
+    from flashvlm_export.evaluation.results import SCHEMA_VERSION, DataSetEntry, Results, bootstrap_settings, summarise
+
+    known = {budget for _, budget in journal.answers}
+    answered = {budget for budget in known if all((key, budget) in journal.answers for key in keys)}
+    every = sorted({*budgets, *answered}, reverse=True)
+    kinds, overall = summarise(
+        data.questions, keys, every, journal.answers, visual_tokens=visual_tokens, seed=args.seed
+    )
+    return Results(
+        SCHEMA_VERSION,
+        journal.settings,
+        DataSetEntry(
+            args.data.name,
+            data.sha256,
+            len(data.questions),
+            args.limit,
+            None if args.limit is None else args.seed,
+            None if args.kinds is None else list(dict.fromkeys(question.kind for question in data.questions)),
+        ),
+        visual_tokens,
+        kinds,
+        overall,
+        bootstrap_settings(args.seed),
+        {"flashvlm-export": __version__, "python": platform.python_version()},
+    )
+
+
+def _report(args: argparse.Namespace, results: Results) -> None:
+    from flashvlm_export.evaluation.plot import PLOT, draw_accuracy
+    from flashvlm_export.evaluation.results import RESULTS, table
+    from flashvlm_export.records import encode_record
+
+    with atomic_write(args.output / RESULTS) as temporary:
+        temporary.write_bytes(encode_record(results))
+    say = talk(args.json)
+    for line in table(results):
+        say(line)
+    cut_off = sum(figures.cut_off for figures in results.overall)
+    if cut_off:
+        say(f"{cut_off} answer(s) were cut off at {args.max_tokens} tokens; --max-tokens allows longer ones")
+    plot: Path | None = args.output / PLOT
+    say(f"results: {args.output / RESULTS}")
+    try:
+        draw_accuracy(results, args.output / PLOT)
+        say(f"plot: {plot}")
+    except DependencyError as error:
+        plot = None
+        print(f"no plot: {error}", file=sys.stderr)
+    if args.json:
+        printed: dict[str, Any] = {
+            "bundle": str(args.bundle),
+            "output": str(args.output),
+            "plot": str(plot) if plot else None,
+            "results": results,
+        }
+        print_json(printed)
