@@ -34,12 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", metavar="N", type=int, default=32, help="longest answer, in tokens")
     parser.add_argument("--threads", metavar="N", type=int, help="of every backend (default: one per core)")
     parser.add_argument(
+        "--eval", metavar="DIR", type=Path, help="what flashvlm eval wrote for this bundle; adds accuracy to the report"
+    )
+    parser.add_argument(
         "--require",
-        metavar="PRECISION.FIGURE=VALUE",
+        metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="least cosine, iou, coverage or answers (share of equal ones) of a precision, such as int8.iou=0.85; "
-        "exit code 1 where one is missed",
+        help="least cosine, iou, coverage or answers (share of equal ones) of a precision, such as int8.iou=0.85, or "
+        "with --eval the relative accuracy at a budget, such as accuracy@128=0.98; exit code 1 where one is missed",
     )
 
 
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         warm_up=args.warm_up,
         max_tokens=args.max_tokens,
         threads=defaults.threads if args.threads is None else args.threads,
+        evaluation=args.eval,
         requirements=dict(_requirement(text) for text in args.require),
     )
     report = write_report(settings, args.output, Progress.on_stderr())

@@ -15,10 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from flashvlm_export.bundle import Bundle
+from flashvlm_export.engines import list_engines
 from flashvlm_export.errors import BundleError, CheckpointError, ConfigError, FlashVLMError
+from flashvlm_export.evaluation.evaluate import bundle_sha256
+from flashvlm_export.evaluation.results import RESULTS, Results
+from flashvlm_export.evaluation.results import SCHEMA_VERSION as RESULTS_VERSION
 from flashvlm_export.gpu import gpu_at_hand
 from flashvlm_export.manifest import MANIFEST
 from flashvlm_export.progress import Progress
+from flashvlm_export.records import decode_record
 from flashvlm_export.report.backends import Pair, Run, backends_of, make_pytorch, make_session
 from flashvlm_export.report.records import (
     PYTORCH,
@@ -35,7 +40,7 @@ from flashvlm_export.report.records import (
 )
 from flashvlm_export.report.turns import Worker
 from flashvlm_export.selection import get_selector
-from flashvlm_export.specs import Array, check_budget
+from flashvlm_export.specs import Array, Precision, check_budget
 
 Name = tuple[str, str]
 """Backend and precision."""
@@ -75,7 +80,9 @@ class ReportSettings:
         warm_up: rounds before.
         max_tokens: longest answer.
         threads: of every backend.
-        requirements: ``precision.figure`` → least value, on top of :data:`REQUIREMENTS`.
+        requirements: ``precision.figure`` → least value, on top of :data:`REQUIREMENTS`; with an evaluation also
+            ``accuracy@BUDGET``, relative to no pruning, mean of all kinds.
+        evaluation: directory that ``flashvlm eval`` wrote for this bundle; ``None`` for a report without accuracy.
     """
 
     bundle: Path
@@ -87,6 +94,7 @@ class ReportSettings:
     max_tokens: int = 32
     threads: int = len(os.sched_getaffinity(0))
     requirements: Mapping[str, float] = field(default_factory=dict)
+    evaluation: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,8 @@ class Measured:
     selections: dict[tuple[int, int], tuple[Array, Array]]
 
 
-def check_settings(settings: ReportSettings) -> None:
-    """Refuse before anything runs what would fail later.
+def check_settings(settings: ReportSettings) -> Results | None:
+    """Refuse before anything runs what would fail later; return what the evaluation found.
 
     Raises:
         BudgetError, BundleError, CheckpointError, ConfigError: see their messages.
@@ -121,7 +129,9 @@ def check_settings(settings: ReportSettings) -> None:
     ):
         if value < least:
             raise ConfigError(f"{name} is too small", received=value, expected=f"at least {least}")
+    accuracy = None if settings.evaluation is None else _read_evaluation(settings.evaluation, bundle)
     known = [f"{precision}.{figure}" for precision in bundle.manifest.graphs for figure in FIGURES]
+    known += [f"accuracy@{figures.budget}" for figures in (accuracy.overall if accuracy else ())]
     unknown = sorted(set(settings.requirements) - set(known))
     if unknown:
         raise ConfigError("nothing of this name is measured", received=", ".join(unknown), expected=", ".join(known))
@@ -131,6 +141,24 @@ def check_settings(settings: ReportSettings) -> None:
             received=settings.checkpoint,
             expected="the directory that the bundle was exported from, with its config.json",
         )
+    return accuracy
+
+
+def _read_evaluation(directory: Path, bundle: Bundle) -> Results:
+    file = directory / RESULTS
+    again = f"flashvlm eval {bundle.path} --data FILE --output {directory}"
+    if not file.is_file():
+        raise ConfigError(
+            "there is no evaluation", received=directory, expected=f"a directory with {RESULTS}", hint=again
+        )
+    results = decode_record(file.read_bytes(), Results, newest=RESULTS_VERSION, what=str(file), mend=again)
+    own = {bundle_sha256(bundle, Precision(name), None) for name in bundle.manifest.graphs}
+    own |= {bundle_sha256(bundle, Precision(e.entry.precision), e) for e in list_engines(bundle)}
+    if results.settings.bundle_sha256 not in own:
+        raise ConfigError(
+            "the evaluation is of another bundle", received=file, expected=f"one of {bundle.path}", hint=again
+        )
+    return results
 
 
 def measure(settings: ReportSettings, progress: Progress | None = None) -> Measured:
@@ -139,7 +167,7 @@ def measure(settings: ReportSettings, progress: Progress | None = None) -> Measu
     Raises:
         FlashVLMError: what :func:`check_settings` refuses, and what opening or running PyTorch does.
     """
-    check_settings(settings)
+    accuracy = check_settings(settings)
     progress = progress or Progress()
     bundle = Bundle.open(settings.bundle, verify=True)
     unpruned = bundle.manifest.dims.num_patches
@@ -203,7 +231,11 @@ def measure(settings: ReportSettings, progress: Progress | None = None) -> Measu
             for index, (image, question) in enumerate(settings.pairs)
         ],
         not_run=not_run,
-        checks=_checks(parity, is_stable=config.is_stable, requirements=settings.requirements),
+        checks=[
+            *_checks(parity, is_stable=config.is_stable, requirements=settings.requirements),
+            *_accuracy_checks(accuracy, settings.requirements),
+        ],
+        accuracy=accuracy,
     )
     shown = next((found for name, found in runs.items() if name != PYTORCH), runs[PYTORCH])
     return Measured(report, {key: (run.indices, run.scores) for key, run in shown.items()})
@@ -310,6 +342,18 @@ def _checks(parity: Sequence[Parity], *, is_stable: bool, requirements: Mapping[
             if required is not None:
                 name = f"{row.backend} {row.precision}: {figure}"
                 checks.append(Check(name, measured, required, measured >= required))
+    return checks
+
+
+def _accuracy_checks(accuracy: Results | None, requirements: Mapping[str, float]) -> list[Check]:
+    checks = []
+    for figures in accuracy.overall if accuracy else ():
+        required = requirements.get(f"accuracy@{figures.budget}")
+        if required is not None:
+            # Without an unpruned run there is nothing to relate to: that is a miss, not a pass.
+            measured = figures.relative.value if figures.relative and figures.relative.value is not None else 0.0
+            name = f"accuracy at {figures.budget} visual tokens, relative to all"
+            checks.append(Check(name, measured, required, measured >= required))
     return checks
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from flashvlm_export.evaluation.results import BudgetFigures, Estimate
 from flashvlm_export.report.records import PYTORCH, Latency, Report
 
 # Stages that only read or glue together are one colour; the expensive ones have their own.
@@ -60,6 +61,19 @@ def segments(row: Latency, longest_ms: float) -> list[dict[str, Any]]:
     ]
 
 
+def _estimate(estimate: Estimate | None) -> str:
+    """Return ``0.912 [0.898, 0.925]``; a dash for what is not defined."""
+    if estimate is None or estimate.value is None:
+        return "–"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.3f}"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _at(rows: Sequence[BudgetFigures], budget: int) -> BudgetFigures:
+    return next(row for row in rows if row.budget == budget)
+
+
 def _before_first_token(row: Latency) -> list[tuple[str, float]]:
     return [(stage, times.p50_ms) for stage, times in row.stages.items() if stage != "decode"]
 
@@ -84,6 +98,8 @@ def _render(template: str, report: Report, *, escape: bool, **more: Any) -> str:
         segments=lambda row: segments(row, longest_ms),
         colours={"vision (and selection, in a graph)": COLOURS["vision"], "selection": COLOURS["selection"]}
         | {"prefill": COLOURS["prefill"], "the rest": _OTHER},
+        estimate=_estimate,
+        at=_at,
         has_answers=any(row.answers for row in report.parity),
         **more,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flashvlm_export.errors import ConfigError
+from flashvlm_export.evaluation.results import Results
 
 SCHEMA_VERSION = 1
 # Backend and precision of what everything else is compared with.
@@ -153,7 +154,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything; ``passed`` if every check did."""
+    """Everything; ``passed`` if every check did. ``accuracy`` is what an evaluation of this bundle found, if given."""
 
     schema_version: int
     created: str
@@ -165,6 +166,7 @@ class Report:
     examples: list[Example]
     not_run: dict[str, str]
     checks: list[Check]
+    accuracy: Results | None = None
 
     @property
     def passed(self) -> bool:

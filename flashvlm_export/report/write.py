@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import msgspec
@@ -34,13 +35,26 @@ def write_report(settings: ReportSettings, output: Path, progress: Progress | No
     contents = {
         "report.json": msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n",
         "report.md": to_markdown(report).encode(),
-        "report.html": to_html(report, _draw(settings, measured)).encode(),
+        "report.html": to_html(report, _draw(settings, measured), _plot(report)).encode(),
     }
     with storage_errors(output):
         for name, content in contents.items():
             with atomic_write(output / name) as temporary:
                 temporary.write_bytes(content)
     return report
+
+
+def _plot(report: Report) -> str | None:
+    """Return the accuracy over the budget as an SVG element."""
+    if report.accuracy is None:
+        return None
+    from flashvlm_export.evaluation.plot import draw_accuracy
+
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory, "accuracy.svg")
+        draw_accuracy(report.accuracy, file)
+        text = file.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
 
 
 def _draw(settings: ReportSettings, measured: Measured) -> list[Picture]:

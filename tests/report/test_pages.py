@@ -9,6 +9,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from flashvlm_export.evaluation.journal import RunSettings
+from flashvlm_export.evaluation.results import BudgetFigures, DataSetEntry, Estimate, KindResult, Results
 from flashvlm_export.report.pages import Picture, ratio, segments, to_html, to_markdown
 from flashvlm_export.report.records import (
     PYTORCH,
@@ -81,15 +83,15 @@ class Reader(html.parser.HTMLParser):
         self.fetched += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += f" {data}"
 
 
-def test_the_page_needs_nothing_beside_it(report: Report) -> None:
+def test_the_page_needs_nothing_beside_it(report: Report, accuracy: Results) -> None:
     picture = Picture(0, "photo.png: Is 1 < 2?", Image.new("RGB", (8, 8), "red"))
-    reader = Reader(to_html(report, [picture], "<svg></svg>"))
+    reader = Reader(to_html(replace(report, accuracy=accuracy), [picture], "<svg></svg>"))
     assert len(reader.fetched) == 1
     assert reader.fetched[0].startswith("data:image/jpeg;base64,")
-    assert not {"script", "link", "iframe", "object", "b"} & set(reader.tags) - {"b"}
+    assert not {"script", "link", "iframe", "object"} & set(reader.tags)
     assert "svg" in reader.tags
 
 
@@ -111,8 +113,37 @@ def test_what_failed_and_what_was_not_run_is_said(report: Report) -> None:
     assert "all checks passed" in Reader(to_html(passed)).text
 
 
-def test_markdown_tables_have_a_row_for_each_measurement(report: Report) -> None:
-    lines = to_markdown(report).splitlines()
+@pytest.fixture
+def accuracy() -> Results:
+    def figures(budget: int, value: float, relative: Estimate | None) -> BudgetFigures:
+        shown = Estimate(value, value - 0.01, value + 0.01)
+        return BudgetFigures(budget, {"mean": shown, "accuracy": shown}, relative, 0)
+
+    # A budget that only a kind has comes first there, so that rows are found by budget and not by place.
+    kind = KindResult("colour", "exact", "accuracy", 30, 30, [figures(64, 0.5, None), figures(128, 0.7, None)])
+    return Results(
+        1,
+        RunSettings("model", "0" * 64, "fp32", "onnxruntime CPUExecutionProvider", 8, "prompt"),
+        DataSetEntry("scenes.jsonl", "0" * 64, 30),
+        576,
+        [kind],
+        [figures(128, 0.7, Estimate(0.98, 0.95, None)), figures(64, 0.5, None)],
+        {},
+    )
+
+
+def test_accuracy_stands_with_its_intervals(report: Report, accuracy: Results) -> None:
+    shown = replace(report, accuracy=accuracy)
+    lines = to_markdown(shown).splitlines()
+    assert "| 128 | 0.700 [0.690, 0.710] | 0.980 | 0.700 [0.690, 0.710] |" in lines
+    assert "| 64 | 0.500 [0.490, 0.510] | – | 0.500 [0.490, 0.510] |" in lines
+    text = " ".join(Reader(to_html(shown, accuracy_svg="<svg></svg>")).text.split())
+    assert "64 0.500 [0.490, 0.510] – 0.500" in text
+    assert "Accuracy over budget" not in to_html(report)
+
+
+def test_markdown_tables_have_a_row_for_each_measurement(report: Report, accuracy: Results) -> None:
+    lines = to_markdown(replace(report, accuracy=accuracy)).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ONNX")]
     parity, first, second = rows[1:]
     columns = 0

@@ -117,6 +117,45 @@ def test_no_checkpoint_no_bundle(tiny_bundle: Path, tmp_path: Path, capsys: pyte
     assert not output.exists()
 
 
+def test_an_evaluation_of_the_bundle_is_part_of_it(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib", reason="draws the accuracy")
+    image = packaged_photographs()[0]
+    rows = [
+        {
+            "id": str(n),
+            "image": str(image),
+            "question": f"Is it {n}?",
+            "answers": ["yes"],
+            "kind": "is",
+            "metric": "exact",
+        }
+        for n in range(3)
+    ]
+    data, found = tmp_path / "data.jsonl", tmp_path / "eval"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    budgets = ["--budgets", "full,6", "--max-tokens", "2"]
+    assert main(["eval", str(tiny_bundle), "--data", str(data), "--output", str(found), *budgets]) == 0
+    output = tmp_path / "report"
+    command = ["report", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--output", str(output), *ARGUMENTS]
+    command += ["--require", "fp16.iou=0"]
+    # A model with random weights is never right: 0 / 0 is no relative accuracy, and not enough.
+    assert main([*command, "--eval", str(found), "--require", "accuracy@6=0.5"]) == 1
+    assert "accuracy at 6 visual tokens" in capsys.readouterr().err
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert "3 questions of data.jsonl" in page
+    assert main([*command, "--eval", str(found), "--require", "accuracy@5=0.5"]) == 2
+    assert main([*command, "--eval", str(tmp_path)]) == 2
+    assert "there is no evaluation" in capsys.readouterr().err
+    results = json.loads((found / "results.json").read_text())
+    results["settings"]["bundle_sha256"] = "0" * 64
+    (found / "results.json").write_text(json.dumps(results))
+    assert main([*command, "--eval", str(found)]) == 2
+    assert "of another bundle" in capsys.readouterr().err
+
+
 def test_an_engine_that_cannot_run_here_is_named(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     from helpers.fake_bundle import add_engine
 
