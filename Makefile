@@ -76,6 +76,7 @@ engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated 
 	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --pack --overwrite
 
 report: $(VENV)/installed ## parity and latency of MODEL against PyTorch (WEIGHTS=DIR), exported first where needed
+	@test -f "$(WEIGHTS)/config.json" || { echo "make report: WEIGHTS=DIR has to name a checkpoint, to compare with" >&2; exit 2; }
 	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
 	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report
 
@@ -96,7 +97,8 @@ bench-start: $(VENV)/installed build/lane/bundle/manifest.json ## import and ope
 
 # The demo's checkpoint, whose visual side has LLaVA-1.5's 576 tokens, in all three precisions.
 bench-parity: build/parity/visual.int8.onnx ## each precision against PyTorch on photographs
-	$(BIN)/python benchmarks/precision_parity.py build/parity $(DEMO)/checkpoint
+	$(BIN)/flashvlm report build/parity --checkpoint $(DEMO)/checkpoint --output build/parity-report --max-images 64 \
+	  --rounds 5 --max-tokens 1 --require int8.iou=0
 
 build/parity/visual.int8.onnx: $(DEMO)/bundle/manifest.json
 	$(BIN)/flashvlm export $(DEMO)/checkpoint --output build/parity --overwrite --diversity farthest --decoder none

@@ -3,8 +3,9 @@
 Regime: at batch 1 a datacenter GPU is bound by kernel launches, from batch 4 or so on by its matrix units; the
 selection's loop is one small kernel after another and grows with the budget. So the budget 1 stands for vision and
 projector with as little selection as there is, and what a larger budget adds is the loop. PyTorch runs the module that
-was exported, in the precision of the first engine or of fp16, eagerly and compiled; its encoder and its selection are
-timed alone too. Times are those of a caller who holds arrays in host memory and wants arrays back, copies included.
+was exported, in fp16 where the bundle has it, eagerly and compiled. Times of whole runs are those of a caller who holds
+arrays in host memory and wants arrays back, copies included; PyTorch's encoder alone and selection alone start and end
+on the GPU.
 
 Each variant runs in a process of its own; all take turns, batch by batch and budget by budget. What cannot run here is
 named with its reason. ``--device cpu`` tries the script without a GPU (ONNX Runtime and PyTorch alone).
@@ -26,9 +27,9 @@ import numpy as np
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import list_engines
-from flashvlm_export.errors import FlashVLMError
+from flashvlm_export.errors import DependencyError, SessionError
 from flashvlm_export.gpu import gpu_at_hand
-from flashvlm_export.report.turns import Worker
+from flashvlm_export.report.worker import Worker
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.runtime.sessions.tensorrt import TensorRTSession
@@ -98,19 +99,18 @@ def make_pytorch(path: Path, checkpoint: Path | None, precision: str, device: st
 
     def timed(batch: int, budget: int) -> float:
         tensors = [torch.from_numpy(array) for array in feeds_of(bundle, chosen, batch, budget).values()]
-        features = saliency = tokens = None
-        if part == "selection":
-            features, saliency, tokens = module.encoder(tensors[0].to(device))
-        synchronize()
-        start = time.perf_counter()
-        # The budget stays on the host: it decides shapes.
-        pixels, text, mask = (tensor.to(device) for tensor in tensors[:3])
-        if part == "encoder":
-            module.encoder(pixels)
-        elif part == "selection":
-            module.selector(features.float(), saliency, tokens.float(), text.float(), mask, tensors[3].to(device))
+        if part in ("encoder", "selection"):
+            pixels, text, mask, kept = (tensor.to(device) for tensor in tensors)
+            features, saliency, tokens = module.encoder(pixels)
+            synchronize()
+            start = time.perf_counter()
+            if part == "encoder":
+                module.encoder(pixels)
+            else:
+                module.selector(features.float(), saliency, tokens.float(), text.float(), mask, kept)
         else:
-            [output.cpu() for output in run(pixels, text, mask, tensors[3].to(device))[:3]]
+            start = time.perf_counter()
+            [output.cpu() for output in run(*(tensor.to(device) for tensor in tensors))[:3]]
         synchronize()
         return (time.perf_counter() - start) * 1e3
 
@@ -156,23 +156,30 @@ def main() -> int:
         for name, (make, given) in variants(args, bundle).items():
             worker = stack.enter_context(Worker(make, *given))
             try:
-                worker(*sizes[0])
-            except (FlashVLMError, RuntimeError) as error:
-                not_run[name] = str(error).strip().splitlines()[0 if isinstance(error, FlashVLMError) else -1][:200]
-                print(f"not run: {name}: {not_run[name]}", file=sys.stderr)
+                worker.wait()
+            except (SessionError, DependencyError) as error:
+                not_run[name] = error.what
+                print(f"not run: {name}: {error.what}", file=sys.stderr)
                 continue
             workers[name] = worker
         print(f"{'median ms: batch, budget':36}" + "".join(f"{f'{b}, {k}':>10}" for b, k in sizes), file=sys.stderr)
         taken: dict[str, dict[tuple[int, int], list[float]]] = {name: {s: [] for s in sizes} for name in workers}
         for size in sizes:
+            running = list(workers)
             for number in range(args.repeats + 3):
-                for name, worker in workers.items():
-                    milliseconds = worker(*size)
+                for name in list(running):
+                    try:
+                        milliseconds = workers[name](*size)
+                    except SessionError as error:  # such as an engine whose profiles do not hold these sizes
+                        not_run[f"{name}, batch {size[0]}, budget {size[1]}"] = error.what
+                        running.remove(name)
+                        continue
                     if number >= 3:
                         taken[name][size].append(milliseconds)
+                running = running[1:] + running[:1]
     for name, by_size in taken.items():
-        medians = {size: statistics.median(values) for size, values in by_size.items()}
-        times_ms[name] = {f"{batch}, {budget}": round(ms, 3) for (batch, budget), ms in medians.items()}
+        medians = {size: statistics.median(values) if values else float("nan") for size, values in by_size.items()}
+        times_ms[name] = {f"{batch}, {budget}": round(ms, 3) for (batch, budget), ms in medians.items() if ms == ms}
         print(f"{name:36}" + "".join(f"{ms:10.2f}" for ms in medians.values()), file=sys.stderr)
     result = {
         "benchmark": "gpu_latency",

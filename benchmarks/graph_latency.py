@@ -18,9 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from turns import take_turns
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.report.turns import Worker, take_turns
+from flashvlm_export.report.worker import Worker
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.specs import Precision

@@ -41,9 +41,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import take_turns
 from visual_variants import FEEDS, make_variant, prepare, say
 
-from flashvlm_export.report.turns import Worker, take_turns
+from flashvlm_export.errors import WorkerError
+from flashvlm_export.report.worker import Worker
 from flashvlm_export.selection import FlashVLMConfig, select_tokens
 from flashvlm_export.selection.config import DIVERSITIES
 from flashvlm_export.specs import VISUAL_OUTPUTS, Array
@@ -119,10 +121,10 @@ def benchmark(args: argparse.Namespace, directory: Path) -> tuple[dict[str, Any]
             worker = stack.enter_context(Worker(make_variant, name, *setup))
             try:
                 outputs[name] = worker()
-            except RuntimeError as error:
+            except WorkerError as error:
                 if name != "compiled":  # without a C++ compiler, or on an untried torch: recorded as the result
                     raise
-                failed[name] = str(error).strip().splitlines()[-1][:200]
+                failed[name] = error.what[:200]
                 continue
             workers[name] = worker
         agreement = _compare(reference, {name: outputs[name] for name in variants if name in outputs}, directory)

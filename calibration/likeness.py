@@ -96,9 +96,10 @@ def compare(references: Sequence[Reading], readings: Sequence[Reading], importan
         coverages.append(_coverage(want.features, have.kept))
         own_coverages.append(_coverage(want.features, want.kept))
     return Likeness(
-        cosine=min(float(cosine.mean()) for cosine in cosines),
-        worst_token_cosine=min(float(cosine.min()) for cosine in cosines),
-        max_error=max(errors),
+        # NumPy's, which NaN passes through: min() and max() drop one that does not come first.
+        cosine=float(np.min([cosine.mean() for cosine in cosines])),
+        worst_token_cosine=float(np.min([cosine.min() for cosine in cosines])),
+        max_error=float(np.max(errors)),
         iou=float(np.mean(ious)),
         important_iou=float(np.mean(important_ious)),
         coverage=float(np.mean(coverages) / np.mean(own_coverages)),

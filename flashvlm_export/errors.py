@@ -18,6 +18,8 @@
     ├── TargetError           the engine cannot be built on this machine
     ├── SessionError          a backend that is missing, or inputs it cannot take
     ├── LLMError              the language model cannot take this prompt
+    ├── ReportError           a check of a report that failed
+    ├── WorkerError           a process that measures and ended, or raised what it should not
     ├── StorageError          not enough disk space, or a path that cannot be written
     └── DependencyError       an optional package is not installed
 
@@ -123,6 +125,10 @@ class LLMError(FlashVLMError):
 
 class ReportError(FlashVLMError):
     """A check of a report failed; the report was written."""
+
+
+class WorkerError(FlashVLMError):
+    """A process that measures ended, or raised what it should not."""
 
 
 class StorageError(FlashVLMError):

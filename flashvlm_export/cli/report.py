@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         action="append",
         default=[],
-        help="least cosine, iou, coverage or answers (share of equal ones) of a precision, such as int8.iou=0.85, or "
+        help="least cosine, iou, important, coverage or answers (share of equal ones) of a precision, such as "
+        "int8.iou=0.85, or "
         "with --eval the relative accuracy at a budget, such as accuracy@128=0.98; exit code 1 where one is missed",
     )
 

@@ -1,11 +1,10 @@
 """What the report compares: PyTorch, and a bundle in each backend. Each is made and called in a process of its own.
 
-A backend answers ``examples[index]`` with ``budget`` visual tokens per image and returns a :class:`Run`.
+A backend answers the pair ``index`` of image and question with ``budget`` visual tokens and returns a :class:`Run`.
 """
 
 from __future__ import annotations
 
-import resource
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,25 @@ import numpy as np
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import list_engines
+from flashvlm_export.errors import DependencyError, install_hint
 from flashvlm_export.specs import Array
 
 Pair = tuple[Path, str]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one question about one image took.
+
+    Attributes:
+        stage_ms: milliseconds of each stage, in order.
+        prompt_tokens: that the language model read; 0 without one.
+        decoded: steps of decoding after the first token.
+    """
+
+    stage_ms: dict[str, float]
+    prompt_tokens: int = 0
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -27,28 +42,22 @@ class Run:
     """One question about one image.
 
     Attributes:
-        stage_ms: milliseconds of each stage, in order.
+        timing: how long it took.
         tokens: float32 ``[K, D]``, the kept visual tokens.
         features: float32 ``[N, C]``, patch features; PyTorch only.
         indices: int64 ``[K]``: which they are.
         scores: ``[N]``.
-        peak_memory_bytes: of the process so far.
         token_ids: of the answer, without its end; empty without a language model.
         text: of the answer.
-        prompt_tokens: that the language model read.
-        decoded: steps of decoding after the first token.
     """
 
-    stage_ms: dict[str, float]
+    timing: Timing
     tokens: Array
     features: Array | None
     indices: Array
     scores: Array
-    peak_memory_bytes: int
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
-    prompt_tokens: int = 0
-    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,28 +76,33 @@ class Backend:
 
 
 def backends_of(bundle: Bundle) -> list[Backend]:
-    """Return every graph on each ONNX Runtime provider there is, and every engine; opening shows what runs."""
+    """Return every graph on ONNX Runtime's CPU and CUDA providers, where there, and every engine.
+
+    Beside an engine the decoder runs on CUDA where ONNX Runtime has it, and the backend's name says where.
+    """
     import onnxruntime
 
+    available = onnxruntime.get_available_providers()
+    providers = [name for name in ("CPUExecutionProvider", "CUDAExecutionProvider") if name in available]
     found = []
-    for provider in ("CPUExecutionProvider", "CUDAExecutionProvider"):
-        if provider in onnxruntime.get_available_providers():
-            name = f"ONNX Runtime {provider.removesuffix('ExecutionProvider')}"
-            found += [
-                Backend(name, precision, {"precision": precision, "providers": (provider,)})
-                for precision in bundle.manifest.graphs
-            ]
+    for provider in providers:
+        name = f"ONNX Runtime {provider.removesuffix('ExecutionProvider')}"
+        found += [
+            Backend(name, precision, {"precision": precision, "providers": (provider,)})
+            for precision in bundle.manifest.graphs
+        ]
     for engine in list_engines(bundle):
         entry = engine.entry
-        options = {"engine": entry.target, "precision": entry.precision}
-        found.append(Backend(f"{entry.backend} {entry.target}", entry.precision, options))
+        options = {"engine": entry.target, "precision": entry.precision, "providers": (providers[-1],)}
+        decoder = f", decoder {providers[-1].removesuffix('ExecutionProvider')}" if bundle.manifest.decoder else ""
+        found.append(Backend(f"{entry.backend} {entry.target}{decoder}", entry.precision, options))
     return found
 
 
 def make_session(
     backend: Backend, bundle: Path, pairs: Sequence[Pair], max_tokens: int, threads: int
 ) -> Callable[[int, int], Run]:
-    """Return the bundle's pipeline in ``backend`` as a function of example and budget."""
+    """Return the bundle's pipeline in ``backend`` as a function of pair and budget."""
     from flashvlm_export.runtime.llm.base import SamplingParams
     from flashvlm_export.runtime.pipeline import Pipeline, Request
 
@@ -103,20 +117,14 @@ def make_session(
         (prompt,) = pipeline.encode([Request([image], question)], budget=budget)
         start = prompt.prompt.image_positions[0]
         tokens = prompt.inputs_embeds[start : start + budget]
-        visual = Run(prompt.stage_ms, tokens, None, prompt.indices[0], prompt.scores[0], _peak_memory_bytes())
+        visual = Run(Timing(prompt.stage_ms), tokens, None, prompt.indices[0], prompt.scores[0])
         if not has_llm:
             return visual
         answer = pipeline.answer(prompt, params)
-        return replace(
-            visual,
-            stage_ms=answer.stage_ms,
-            token_ids=answer.token_ids,
-            text=answer.text,
-            prompt_tokens=answer.stats.prompt_tokens,
-            # The step that found the end of the answer is timed, but hands out no token.
-            decoded=answer.stats.new_tokens - (answer.stats.finish_reason != "stop"),
-            peak_memory_bytes=_peak_memory_bytes(),
-        )
+        # The step that found the end of the answer is timed, but hands out no token.
+        decoded = answer.stats.new_tokens - (answer.stats.finish_reason != "stop")
+        timing = Timing(answer.stage_ms, answer.stats.prompt_tokens, decoded)
+        return replace(visual, timing=timing, token_ids=answer.token_ids, text=answer.text)
 
     return run
 
@@ -126,11 +134,17 @@ def make_pytorch(
 ) -> Callable[[int, int], Run]:
     """Return the same in PyTorch: transformers' model in float32, the selector's torch module between its two halves.
 
-    The vision tower runs with eager attention, since the selection needs an attention map; the language model with
-    scaled dot-product attention. Reading and preprocessing the image and tokenising are the runtime's, which are those
-    of the checkpoint to the last bit.
+    It runs on the CPU. The vision tower has eager attention, since the selection needs an attention map, the language
+    model scaled dot-product attention. Reading and preprocessing the image and tokenising are the runtime's, which are
+    those of the checkpoint to the last bit.
     """
-    import torch
+    try:
+        import torch
+        import transformers  # noqa: F401  # the reference needs both
+    except ImportError as error:
+        raise DependencyError(
+            "the report compares with PyTorch", received=str(error), hint=install_hint("report")
+        ) from error
 
     from flashvlm_export.export.reference import LlavaReference
     from flashvlm_export.runtime.embeddings import splice
@@ -169,7 +183,7 @@ def make_pytorch(
         kept = tokens[0][indices]
         spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [kept])
         laps.end("splice")
-        visual = Run(laps.ms, kept, features[0], indices, scores[0].numpy(), _peak_memory_bytes())
+        visual = Run(Timing(laps.ms), kept, features[0], indices, scores[0].numpy())
         if manifest.decoder is None:
             return visual
         ids: list[int] = []
@@ -181,14 +195,8 @@ def make_pytorch(
         decoded = len(ids) - 1
         if ids[-1] in ends:
             ids.pop()
-        return replace(
-            visual,
-            token_ids=ids,
-            text=prompts.tokenizer.decode(ids),
-            prompt_tokens=len(spliced),
-            decoded=decoded,
-            peak_memory_bytes=_peak_memory_bytes(),
-        )
+        timing = Timing(laps.ms, len(spliced), decoded)
+        return replace(visual, timing=timing, token_ids=ids, text=prompts.tokenizer.decode(ids))
 
     return run
 
@@ -203,7 +211,3 @@ class _Laps:
         now = time.perf_counter()
         self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1e3
         self._last = now
-
-
-def _peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

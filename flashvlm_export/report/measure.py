@@ -5,66 +5,36 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
+import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import list_engines
-from flashvlm_export.errors import BundleError, CheckpointError, ConfigError, FlashVLMError
+from flashvlm_export.errors import (
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    DependencyError,
+    FlashVLMError,
+    SessionError,
+)
 from flashvlm_export.evaluation.evaluate import bundle_sha256
 from flashvlm_export.evaluation.results import RESULTS, Results
 from flashvlm_export.evaluation.results import SCHEMA_VERSION as RESULTS_VERSION
-from flashvlm_export.gpu import gpu_at_hand
 from flashvlm_export.manifest import MANIFEST
 from flashvlm_export.progress import Progress
 from flashvlm_export.records import decode_record
-from flashvlm_export.report.backends import Pair, Run, backends_of, make_pytorch, make_session
-from flashvlm_export.report.records import (
-    PYTORCH,
-    SCHEMA_VERSION,
-    Check,
-    Environment,
-    Example,
-    Latency,
-    Parity,
-    Percentiles,
-    Report,
-    Settings,
-    Subject,
-)
-from flashvlm_export.report.turns import Worker
+from flashvlm_export.report.backends import Pair, Run, Timing, backends_of, make_pytorch, make_session
+from flashvlm_export.report.environment import describe_environment
+from flashvlm_export.report.figures import FIGURES, Label, checks, latency, parity
+from flashvlm_export.report.records import PYTORCH, SCHEMA_VERSION, Example, Report, Settings, Subject
+from flashvlm_export.report.worker import Worker
 from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Array, Precision, check_budget
-
-Name = tuple[str, str]
-"""Backend and precision."""
-
-_PACKAGES = (
-    "flashvlm-export",
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "pillow",
-    "tokenizers",
-    "torch",
-    "transformers",
-)
-
-#: What can be required of a precision.
-FIGURES = ("cosine", "iou", "coverage", "answers")
-
-#: What each precision has to reach against PyTorch; IoU of what withstands rounding (see ``docs/selection.md``).
-REQUIREMENTS: dict[str, dict[str, float]] = {
-    "fp32": {"cosine": 0.9999, "iou": 0.99},
-    "fp16": {"cosine": 0.999, "iou": 0.97},
-    "int8": {"cosine": 0.99, "iou": 0.90},
-}
 
 
 @dataclass(frozen=True)
@@ -75,12 +45,12 @@ class ReportSettings:
         bundle: its directory.
         checkpoint: what it was exported from, for PyTorch.
         pairs: images with their questions.
-        budgets: visual tokens to keep per image; parity is judged at the first. The unpruned run is added.
+        budgets: visual tokens to keep per image; kept sets are compared at the first. One that keeps all is added.
         rounds: of latency that count.
         warm_up: rounds before.
         max_tokens: longest answer.
         threads: of every backend.
-        requirements: ``precision.figure`` → least value, on top of :data:`REQUIREMENTS`; with an evaluation also
+        requirements: ``precision.figure`` → least value, on top of those in ``figures.py``; with an evaluation also
             ``accuracy@BUDGET``, relative to no pruning, mean of all kinds.
         evaluation: directory that ``flashvlm eval`` wrote for this bundle; ``None`` for a report without accuracy.
     """
@@ -99,7 +69,7 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """A report, and per example and budget what the pictures show: kept indices and scores, as the graph gave them."""
+    """A report, and by pair and budget what the pictures show: kept indices and scores, as a graph gave them."""
 
     report: Report
     selections: dict[tuple[int, int], tuple[Array, Array]]
@@ -109,11 +79,10 @@ def check_settings(settings: ReportSettings) -> Results | None:
     """Refuse before anything runs what would fail later; return what the evaluation found.
 
     Raises:
-        BudgetError, BundleError, CheckpointError, ConfigError: see their messages.
+        BudgetError, BundleError, CheckpointError, ConfigError, ImageError: see their messages.
     """
     bundle = Bundle.open(settings.bundle)
-    for budget in settings.budgets:
-        check_budget(budget, bundle.manifest.dims.num_patches)
+    _budgets(settings, bundle)
     if bundle.manifest.prompt is None:
         raise BundleError(
             "the bundle takes no questions: it has no tokenizer",
@@ -121,27 +90,145 @@ def check_settings(settings: ReportSettings) -> Results | None:
             expected="a bundle exported from a checkpoint with a tokenizer",
             hint="bundles of random weights are for sizing: benchmarks/visual_latency.py times those",
         )
-    for name, value, least in (
-        ("--rounds", settings.rounds, 1),
-        ("--warm-up", settings.warm_up, 0),
-        ("--max-tokens", settings.max_tokens, 1),
-        ("--threads", settings.threads, 1),
+    for name, value, least, most in (
+        ("--rounds", settings.rounds, 1, 1 << 30),
+        ("--warm-up", settings.warm_up, 0, 1 << 30),
+        ("--max-tokens", settings.max_tokens, 1, 1 << 30),
+        ("--threads", settings.threads, 1, os.cpu_count() or 1),
     ):
-        if value < least:
-            raise ConfigError(f"{name} is too small", received=value, expected=f"at least {least}")
+        if not least <= value <= most:
+            expected = f"at least {least}" if most == 1 << 30 else f"{least} to {most}, the cores here"
+            raise ConfigError(f"{name} is out of range", received=value, expected=expected)
     accuracy = None if settings.evaluation is None else _read_evaluation(settings.evaluation, bundle)
     known = [f"{precision}.{figure}" for precision in bundle.manifest.graphs for figure in FIGURES]
     known += [f"accuracy@{figures.budget}" for figures in (accuracy.overall if accuracy else ())]
     unknown = sorted(set(settings.requirements) - set(known))
     if unknown:
         raise ConfigError("nothing of this name is measured", received=", ".join(unknown), expected=", ".join(known))
-    if not (settings.checkpoint / "config.json").is_file():
+    _check_checkpoint(settings.checkpoint, bundle)
+    from flashvlm_export.runtime.images import load_image
+
+    for image in dict(settings.pairs):
+        load_image(image)
+    return accuracy
+
+
+def measure(settings: ReportSettings, progress: Progress | None = None) -> Measured:
+    """Return the report. Backends that are not available here are named in it; those that failed fail its checks.
+
+    Raises:
+        FlashVLMError: what :func:`check_settings` refuses, and what opening or running PyTorch raises.
+    """
+    accuracy = check_settings(settings)
+    progress = progress or Progress()
+    bundle = Bundle.open(settings.bundle, verify=True)
+    budgets = _budgets(settings, bundle)
+    wanted = [(index, budget) for index in range(len(settings.pairs)) for budget in budgets]
+    common = (settings.pairs, settings.max_tokens, settings.threads)
+    runs: dict[Label, dict[tuple[int, int], Run]] = {}
+    not_run: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        progress.step("PyTorch")
+        pytorch = stack.enter_context(Worker(make_pytorch, settings.bundle, settings.checkpoint, *common))
+        workers: dict[Label, Worker] = {PYTORCH: pytorch}
+        runs[PYTORCH] = {key: pytorch(*key) for key in progress.track(wanted, "answers")}
+        for backend in backends_of(bundle):
+            label = (backend.name, backend.precision)
+            progress.step(" ".join(label))
+            worker = stack.enter_context(Worker(make_session, backend, settings.bundle, *common))
+            try:
+                try:
+                    worker.wait()
+                except (SessionError, DependencyError) as error:
+                    not_run[" ".join(label)] = str(error)
+                    progress.note(f"not run: {error.what}")
+                    continue
+                runs[label] = {key: worker(*key) for key in progress.track(wanted, "answers")}
+            except FlashVLMError as error:
+                failed[" ".join(label)] = str(error)
+                progress.note(f"FAILED: {error}")
+            else:
+                workers[label] = worker
+        progress.step(f"latency: {settings.rounds} rounds of {len(workers)} backends, {len(budgets)} budgets")
+        timings = _take_turns(workers, budgets, settings, failed, progress)
+        peaks = {" ".join(label): worker.peak_memory_bytes for label, worker in workers.items()}
+    selection, decoder = bundle.manifest.selection, bundle.manifest.decoder
+    config: Any = get_selector(selection.selector).make_config(selection.config)
+    important = config.important_tokens(budgets[0])
+    rows = [
+        parity(label, runs[PYTORCH], found, budgets[0], budgets[-1], important)
+        for label, found in runs.items()
+        if label != PYTORCH
+    ]
+    required = checks(rows, list(failed), accuracy, is_stable=config.is_stable, required=settings.requirements)
+    report = Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        environment=describe_environment(),
+        subject=Subject(
+            bundle=bundle.path.resolve().name,
+            model=bundle.manifest.source.model,
+            manifest_sha256=hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
+            selector=", ".join([selection.selector, *(f"{name}={value}" for name, value in selection.config.items())]),
+            visual_tokens=budgets[-1],
+            decoder=None if decoder is None else decoder.precision,
+        ),
+        settings=Settings(budgets, settings.rounds, settings.warm_up, settings.max_tokens, settings.threads),
+        parity=rows,
+        latency=[latency(label, budget, found) for (label, budget), found in timings.items()],
+        peak_memory_bytes=peaks,
+        examples=[
+            Example(
+                image.name,
+                question,
+                {
+                    " ".join(label): {budget: found[index, budget].text for budget in budgets}
+                    for label, found in runs.items()
+                    if decoder is not None
+                },
+            )
+            for index, (image, question) in enumerate(settings.pairs)
+        ],
+        not_run=not_run,
+        failed=failed,
+        checks=required,
+        passed=all(check.passed for check in required),
+        accuracy=accuracy,
+    )
+    shown = next((found for label, found in runs.items() if label != PYTORCH), runs[PYTORCH])
+    return Measured(report, {key: (run.indices, run.scores) for key, run in shown.items()})
+
+
+def _budgets(settings: ReportSettings, bundle: Bundle) -> list[int]:
+    """Return the budgets of ``settings``, each once, and at last the one that keeps all."""
+    unpruned = bundle.manifest.dims.num_patches
+    pruning = [budget for budget in settings.budgets if check_budget(budget, unpruned) != unpruned]
+    if not pruning:
+        raise ConfigError(
+            "no budget that prunes",
+            received=", ".join(map(str, settings.budgets)),
+            expected=f"at least one below {unpruned}, the visual tokens of one image; keeping all is added anyway",
+        )
+    return [*dict.fromkeys(pruning), unpruned]
+
+
+def _check_checkpoint(checkpoint: Path, bundle: Bundle) -> None:
+    file = checkpoint / "config.json"
+    if not file.is_file():
         raise CheckpointError(
             "there is no checkpoint to compare with",
-            received=settings.checkpoint,
+            received=checkpoint,
             expected="the directory that the bundle was exported from, with its config.json",
         )
-    return accuracy
+    config = json.loads(file.read_bytes())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    if digest != bundle.manifest.source.config_sha256:
+        raise CheckpointError(
+            "the bundle was exported from another checkpoint",
+            received=file,
+            expected=f"the config.json of {bundle.manifest.source.model}, which the manifest has the hash of",
+        )
 
 
 def _read_evaluation(directory: Path, bundle: Bundle) -> Results:
@@ -153,7 +240,7 @@ def _read_evaluation(directory: Path, bundle: Bundle) -> Results:
         )
     results = decode_record(file.read_bytes(), Results, newest=RESULTS_VERSION, what=str(file), mend=again)
     own = {bundle_sha256(bundle, Precision(name), None) for name in bundle.manifest.graphs}
-    own |= {bundle_sha256(bundle, Precision(e.entry.precision), e) for e in list_engines(bundle)}
+    own |= {bundle_sha256(bundle, Precision(engine.entry.precision), engine) for engine in list_engines(bundle)}
     if results.settings.bundle_sha256 not in own:
         raise ConfigError(
             "the evaluation is of another bundle", received=file, expected=f"one of {bundle.path}", hint=again
@@ -161,222 +248,32 @@ def _read_evaluation(directory: Path, bundle: Bundle) -> Results:
     return results
 
 
-def measure(settings: ReportSettings, progress: Progress | None = None) -> Measured:
-    """Return the report; backends that do not run here are named in it, with their reason.
-
-    Raises:
-        FlashVLMError: what :func:`check_settings` refuses, and what opening or running PyTorch does.
-    """
-    accuracy = check_settings(settings)
-    progress = progress or Progress()
-    bundle = Bundle.open(settings.bundle, verify=True)
-    unpruned = bundle.manifest.dims.num_patches
-    budgets = list(dict.fromkeys([*(check_budget(budget, unpruned) for budget in settings.budgets), unpruned]))
-    common = (settings.pairs, settings.max_tokens, settings.threads)
-    runs: dict[Name, dict[tuple[int, int], Run]] = {}
-    not_run: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        progress.step("PyTorch")
-        workers: dict[Name, Worker] = {
-            PYTORCH: stack.enter_context(Worker(make_pytorch, settings.bundle, settings.checkpoint, *common))
-        }
-        runs[PYTORCH] = _answer_all(workers[PYTORCH], len(settings.pairs), budgets, progress)
-        for backend in backends_of(bundle):
-            name = (backend.name, backend.precision)
-            progress.step(" ".join(name))
-            worker = stack.enter_context(Worker(make_session, backend, settings.bundle, *common))
-            try:
-                runs[name] = _answer_all(worker, len(settings.pairs), budgets, progress)
-            except FlashVLMError as error:
-                not_run[" ".join(name)] = error.what
-                progress.note(f"not run: {error.what}")
-            else:
-                workers[name] = worker
-        progress.step(f"latency: {settings.rounds} rounds of {len(workers)} backends, {len(budgets)} budgets")
-        timed = _take_turns(workers, len(settings.pairs), budgets, settings, progress)
-    selection = bundle.manifest.selection
-    config = get_selector(selection.selector).make_config(selection.config)
-    parity = [
-        _parity(name, runs[PYTORCH], found, budgets[0], unpruned, config.important_tokens(budgets[0]))
-        for name, found in runs.items()
-        if name != PYTORCH
-    ]
-    decoder = bundle.manifest.decoder
-    report = Report(
-        schema_version=SCHEMA_VERSION,
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        environment=_environment(),
-        subject=Subject(
-            bundle=bundle.path.resolve().name,
-            model=bundle.manifest.source.model,
-            manifest_sha256=hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest(),
-            selector=f"{selection.selector} "
-            + ", ".join(f"{name}={value}" for name, value in selection.config.items()),
-            visual_tokens=unpruned,
-            decoder=None if decoder is None else decoder.precision,
-        ),
-        settings=Settings(budgets, settings.rounds, settings.warm_up, settings.max_tokens, settings.threads),
-        parity=parity,
-        latency=[_latency(name, budget, timed[name, budget]) for name in workers for budget in budgets],
-        examples=[
-            Example(
-                image.name,
-                question,
-                {
-                    " ".join(name): {budget: found[index, budget].text for budget in budgets}
-                    for name, found in runs.items()
-                    if decoder is not None
-                },
-            )
-            for index, (image, question) in enumerate(settings.pairs)
-        ],
-        not_run=not_run,
-        checks=[
-            *_checks(parity, is_stable=config.is_stable, requirements=settings.requirements),
-            *_accuracy_checks(accuracy, settings.requirements),
-        ],
-        accuracy=accuracy,
-    )
-    shown = next((found for name, found in runs.items() if name != PYTORCH), runs[PYTORCH])
-    return Measured(report, {key: (run.indices, run.scores) for key, run in shown.items()})
-
-
-def _answer_all(worker: Worker, count: int, budgets: Sequence[int], progress: Progress) -> dict[tuple[int, int], Run]:
-    wanted = [(index, budget) for index in range(count) for budget in budgets]
-    return {(index, budget): worker(index, budget) for index, budget in progress.track(wanted, "answers")}
-
-
 def _take_turns(
-    workers: Mapping[Name, Worker],
-    count: int,
+    workers: dict[Label, Worker],
     budgets: Sequence[int],
     settings: ReportSettings,
+    failed: dict[str, str],
     progress: Progress,
-) -> dict[tuple[Name, int], list[Run]]:
-    """Let all backends and budgets take turns in an order that rotates: other load hits all of them alike."""
-    turns = [(name, budget) for name in workers for budget in budgets]
-    timed: dict[tuple[Name, int], list[Run]] = {turn: [] for turn in turns}
+) -> dict[tuple[Label, int], list[Timing]]:
+    """Let all backends and budgets take turns in an order that rotates: other load hits all of them alike.
+
+    A backend that fails on the way leaves ``workers`` for ``failed``.
+    """
+    turns = [(label, budget) for label in workers for budget in budgets]
+    timings: dict[tuple[Label, int], list[Timing]] = {turn: [] for turn in turns}
     for number in progress.track(range(settings.warm_up + settings.rounds), "rounds"):
         shift = number % len(turns)
-        for name, budget in turns[shift:] + turns[:shift]:
-            run = workers[name](number % count, budget)
+        for label, budget in turns[shift:] + turns[:shift]:
+            if label not in workers:
+                continue
+            try:
+                timing = workers[label](number % len(settings.pairs), budget).timing
+            except FlashVLMError as error:
+                if label == PYTORCH:
+                    raise
+                failed[" ".join(label)] = str(error)
+                del workers[label]
+                continue
             if number >= settings.warm_up:
-                timed[name, budget].append(run)
-    return timed
-
-
-def _parity(
-    name: Name,
-    references: Mapping[tuple[int, int], Run],
-    runs: Mapping[tuple[int, int], Run],
-    budget: int,
-    unpruned: int,
-    important: int,
-) -> Parity:
-    from flashvlm_export.calibration.likeness import compare
-    from flashvlm_export.calibration.readings import Reading
-
-    indices = sorted({index for index, _ in runs})
-
-    def readings(found: Mapping[tuple[int, int], Run]) -> list[Reading]:
-        # Unpruned, row i is patch i everywhere.
-        return [
-            Reading(
-                found[index, unpruned].tokens,
-                references[index, unpruned].features,  # type: ignore[arg-type]  # PyTorch's runs have them
-                found[index, budget].indices,
-                found[index, budget].scores,
-            )
-            for index in indices
-        ]
-
-    like = compare(readings(references), readings(runs), important)
-    answered = [key for key in runs if references[key].token_ids or references[key].prompt_tokens]
-    return Parity(
-        backend=name[0],
-        precision=name[1],
-        cosine=like.cosine,
-        worst_token_cosine=like.worst_token_cosine,
-        max_error=like.max_error,
-        score_error=max(float(np.abs(runs[key].scores - references[key].scores).max()) for key in runs),
-        iou=like.iou,
-        important_iou=like.important_iou,
-        coverage=like.coverage,
-        same_answers=sum(runs[key].token_ids == references[key].token_ids for key in answered),
-        answers=len(answered),
-    )
-
-
-def _latency(name: Name, budget: int, runs: Sequence[Run]) -> Latency:
-    stages = {stage: _percentiles([run.stage_ms.get(stage, 0.0) for run in runs]) for stage in runs[0].stage_ms}
-    decode_ms = sum(run.stage_ms.get("decode", 0.0) for run in runs)
-    first_ms = [sum(run.stage_ms.values()) - run.stage_ms.get("decode", 0.0) for run in runs]
-    return Latency(
-        backend=name[0],
-        precision=name[1],
-        budget=budget,
-        stages=stages,
-        time_to_first_token=_percentiles(first_ms),
-        tokens_per_s=round(1e3 * sum(run.decoded for run in runs) / decode_ms, 1) if decode_ms else 0.0,
-        prompt_tokens=float(np.mean([run.prompt_tokens for run in runs])),
-        peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
-    )
-
-
-def _percentiles(values_ms: Sequence[float]) -> Percentiles:
-    return Percentiles(*(round(float(value), 3) for value in np.percentile(values_ms, (50, 90, 99))))
-
-
-def _checks(parity: Sequence[Parity], *, is_stable: bool, requirements: Mapping[str, float]) -> list[Check]:
-    wanted = {
-        f"{precision}.{figure}": least for precision, row in REQUIREMENTS.items() for figure, least in row.items()
-    }
-    wanted |= requirements
-    checks = []
-    for row in parity:
-        # Background tokens of an unstable selector hang on rounding; what is chosen by score does not.
-        iou = row.iou if is_stable else row.important_iou
-        answers = row.same_answers / row.answers if row.answers else 1.0
-        for figure, measured in zip(FIGURES, (row.cosine, iou, row.coverage, answers), strict=True):
-            required = wanted.get(f"{row.precision}.{figure}")
-            if required is not None:
-                name = f"{row.backend} {row.precision}: {figure}"
-                checks.append(Check(name, measured, required, measured >= required))
-    return checks
-
-
-def _accuracy_checks(accuracy: Results | None, requirements: Mapping[str, float]) -> list[Check]:
-    checks = []
-    for figures in accuracy.overall if accuracy else ():
-        required = requirements.get(f"accuracy@{figures.budget}")
-        if required is not None:
-            # Without an unpruned run there is nothing to relate to: that is a miss, not a pass.
-            measured = figures.relative.value if figures.relative and figures.relative.value is not None else 0.0
-            name = f"accuracy at {figures.budget} visual tokens, relative to all"
-            checks.append(Check(name, measured, required, measured >= required))
-    return checks
-
-
-def _environment() -> Environment:
-    gpu = gpu_at_hand()
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # one of the two ONNX Runtimes
-            versions[name] = importlib.metadata.version(name)
-    return Environment(
-        processor=_processor(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        gpu=None if gpu is None else gpu.name,
-        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        versions=versions,
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+                timings[label, budget].append(timing)
+    return {(label, budget): found for (label, budget), found in timings.items() if label in workers}

@@ -48,7 +48,7 @@ def to_markdown(report: Report) -> str:
 
 def ratio(report: Report, row: Latency, *, to: str) -> float:
     """Return how many times sooner the first token comes than in PyTorch (``to="pytorch"``) or unpruned."""
-    unpruned = report.settings.budgets[-1]
+    unpruned = report.subject.visual_tokens
     other = report.find(*PYTORCH, row.budget) if to == "pytorch" else report.find(row.backend, row.precision, unpruned)
     return other.time_to_first_token.p50_ms / row.time_to_first_token.p50_ms
 
@@ -100,6 +100,7 @@ def _render(template: str, report: Report, *, escape: bool, **more: Any) -> str:
         | {"prefill": COLOURS["prefill"], "the rest": _OTHER},
         estimate=_estimate,
         at=_at,
+        pytorch=PYTORCH[0],
         has_answers=any(row.answers for row in report.parity),
         **more,
     )

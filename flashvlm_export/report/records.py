@@ -9,7 +9,7 @@ from flashvlm_export.evaluation.results import Results
 
 SCHEMA_VERSION = 1
 # Backend and precision of what everything else is compared with.
-PYTORCH = ("PyTorch", "fp32")
+PYTORCH = ("PyTorch CPU", "fp32")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Settings:
     """How it was measured.
 
     Attributes:
-        budgets: visual tokens kept per image; the first is the one that parity is judged at.
+        budgets: visual tokens kept per image; kept sets are judged at the first, and the last keeps all.
         rounds: that count, after ``warm_up`` that do not.
         warm_up: rounds.
         max_tokens: longest answer, in tokens.
@@ -80,7 +80,7 @@ class Parity:
     Attributes:
         cosine: of visual tokens before pruning, mean over patches, of the image where it is least.
         worst_token_cosine: of the single visual token where it is least.
-        max_error: largest error of a visual token's value, relative to the largest magnitude.
+        max_error: largest error of a visual token's value, kept or not pruned, relative to the largest magnitude.
         score_error: largest error of a fused score (0 to 1).
         iou: intersection over union of the kept sets, mean over images.
         important_iou: the same for the part that is chosen by score.
@@ -120,7 +120,6 @@ class Latency:
         time_to_first_token: all stages up to the first token; without a language model, up to the pruned prompt.
         tokens_per_s: while decoding; 0 without a language model.
         prompt_tokens: that the language model reads, mean.
-        peak_memory_bytes: largest resident memory of the backend's process so far.
     """
 
     backend: str
@@ -130,7 +129,6 @@ class Latency:
     time_to_first_token: Percentiles
     tokens_per_s: float
     prompt_tokens: float
-    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Check:
-    """One requirement: ``measured`` has to be at least ``required``, or at most where ``name`` says error."""
+    """One requirement: ``measured`` has to be at least ``required``; what failed to run measured 0."""
 
     name: str
     measured: float
@@ -154,7 +152,24 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything; ``passed`` if every check did. ``accuracy`` is what an evaluation of this bundle found, if given."""
+    """Everything.
+
+    Attributes:
+        schema_version: of this record.
+        created: when, in UTC.
+        environment: where.
+        subject: what.
+        settings: how.
+        parity: a row for each backend and precision but PyTorch.
+        latency: a row for each of these, PyTorch too, and each budget.
+        peak_memory_bytes: by backend and precision: largest resident memory of its process, over all budgets.
+        examples: questions and answers.
+        not_run: by backend and precision, why it is not available on this machine.
+        failed: the same for what is available and did not work.
+        checks: what was required.
+        passed: whether every check did.
+        accuracy: what an evaluation of this bundle found, if given.
+    """
 
     schema_version: int
     created: str
@@ -163,15 +178,13 @@ class Report:
     settings: Settings
     parity: list[Parity]
     latency: list[Latency]
+    peak_memory_bytes: dict[str, int]
     examples: list[Example]
     not_run: dict[str, str]
+    failed: dict[str, str]
     checks: list[Check]
+    passed: bool
     accuracy: Results | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed."""
-        return all(check.passed for check in self.checks)
 
     def find(self, backend: str, precision: str, budget: int) -> Latency:
         """Return one row of the latencies."""

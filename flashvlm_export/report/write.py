@@ -5,11 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import msgspec
-
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.files import atomic_write, storage_errors
 from flashvlm_export.progress import Progress
+from flashvlm_export.records import encode_record
 from flashvlm_export.report.measure import Measured, ReportSettings, check_settings, measure
 from flashvlm_export.report.pages import Picture, to_html, to_markdown
 from flashvlm_export.report.records import Report
@@ -32,16 +31,16 @@ def write_report(settings: ReportSettings, output: Path, progress: Progress | No
     measured = measure(settings, progress)
     report = measured.report
     progress.step(f"writing {output}")
-    contents = {
-        "report.json": msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n",
-        "report.md": to_markdown(report).encode(),
-        "report.html": to_html(report, _draw(settings, measured), _plot(report)).encode(),
-    }
-    with storage_errors(output):
-        for name, content in contents.items():
-            with atomic_write(output / name) as temporary:
-                temporary.write_bytes(content)
+    # The figures first: whatever becomes of the pages, they were measured.
+    _write(output / "report.json", encode_record(report))
+    _write(output / "report.md", to_markdown(report).encode())
+    _write(output / "report.html", to_html(report, _draw(settings, measured), _plot(report)).encode())
     return report
+
+
+def _write(file: Path, content: bytes) -> None:
+    with storage_errors(file), atomic_write(file) as temporary:
+        temporary.write_bytes(content)
 
 
 def _plot(report: Report) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,14 +22,15 @@ from flashvlm_export.targets import format_capability
 class TensorRTSession(VisualSession):
     """Runs an engine of ``bundle`` on the first GPU.
 
-    Thread-safe: each thread that calls :meth:`run` has a worker of its own (stream, buffers, contexts), made at its
-    first call and kept until the session is closed; the engine with its weights is shared.
+    :meth:`run` is thread-safe: calls at the same time have workers of their own (stream, buffers, contexts), as many as
+    there ever were calls at once; the engine with its weights is shared. Close it when no call is under way.
 
     Args:
         bundle: the opened bundle; the engine has to belong to its graph.
         engine: from :func:`flashvlm_export.engines.find_engine`.
-        cuda_graphs: replay one CUDA graph for each combination of sizes instead of launching every kernel anew. A run
-            of an engine that cannot be captured is refused.
+        cuda_graphs: replay one CUDA graph for each combination of sizes instead of launching every kernel anew. With
+            TensorRT, a run of an engine that cannot be captured is refused; TensorRT-RTX is told to capture, and does
+            not tell whether it did.
     """
 
     name = "tensorrt"
@@ -40,8 +42,7 @@ class TensorRTSession(VisualSession):
         self.cuda_graphs = cuda_graphs
         self.profiles = [tuple(profile) for profile in engine.entry.profiles]
         self._loaded: Any = None
-        self._workers: list[TensorRTWorker] = []
-        self._of_thread = threading.local()
+        self._idle: list[TensorRTWorker] = []
         self._lock = threading.Lock()
 
     def _open(self) -> None:
@@ -53,7 +54,7 @@ class TensorRTSession(VisualSession):
         require_fit(entry, str(self._trt.__version__), gpu_at_hand(), rebuild)
         try:
             self._load(rebuild)
-            self._worker()  # a GPU without room says so now
+            self._idle.append(self._create_worker())  # a GPU without room says so now
         except BaseException:
             self._close()
             raise
@@ -80,27 +81,15 @@ class TensorRTSession(VisualSession):
             raise SessionError("the engine lacks weights after refitting", received=graph, hint=rebuild)
 
     def _close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        self._workers.clear()
-        self._of_thread = threading.local()
+        with contextlib.ExitStack() as stack:  # all of them, whatever one of them raises
+            for worker in self._idle:
+                stack.callback(worker.close)
+            self._idle.clear()
         self._loaded = None
 
-    def _worker(self) -> TensorRTWorker:
-        worker: TensorRTWorker | None = getattr(self._of_thread, "worker", None)
-        if worker is None:
-            with self._lock:
-                worker = TensorRTWorker(
-                    self.spec, self.profiles, self._create_context, captures=self.cuda_graphs and self._captures
-                )
-                self._workers.append(worker)
-            self._of_thread.worker = worker
-        return worker
-
-    @property
-    def _captures(self) -> bool:
-        """Whether CUDA graphs are ours to capture: TensorRT-RTX does it inside of its contexts."""
-        return self._backend == "tensorrt"
+    def _create_worker(self) -> TensorRTWorker:
+        captures = self.cuda_graphs and self._backend == "tensorrt"  # TensorRT-RTX does it inside of its contexts
+        return TensorRTWorker(self.spec, self.profiles, self._create_context, captures=captures)
 
     def _create_context(self) -> Any:
         return tensorrt_api.create_context(self._trt, self._loaded, self._backend, cuda_graphs=self.cuda_graphs)
@@ -112,7 +101,14 @@ class TensorRTSession(VisualSession):
             "budget": int(feeds["budget"]),
         }
         command = build_command(self.bundle, self.engine.entry.precision, self.engine.entry.target)
-        return self._worker().run(choose_profile(self.profiles, sizes, command), sizes, feeds)
+        profile = choose_profile(self.profiles, sizes, command)
+        with self._lock:
+            worker = self._idle.pop() if self._idle else None
+        worker = worker or self._create_worker()
+        try:
+            return worker.run(profile, sizes, feeds)
+        finally:
+            self._idle.append(worker)
 
 
 def require_fit(entry: EngineEntry, version: str, gpu: Gpu | None, rebuild: str) -> None:

@@ -1,4 +1,4 @@
-"""What one thread needs to run a TensorRT engine: a stream, device buffers, and execution contexts.
+"""What one call at a time needs of a TensorRT engine: a stream, device buffers, and execution contexts.
 
 Device buffers are allocated once, for the largest sizes of the profiles, and used for every run. The budget is a shape
 tensor: TensorRT reads it in host memory before the run, because it decides the size of outputs.
@@ -58,7 +58,8 @@ class TensorRTWorker:
         Raises:
             SessionError: if TensorRT or CUDA refuses.
         """
-        host = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        host = {name: np.ascontiguousarray(array) for name, array in feeds.items() if name != "budget"}
+        host["budget"] = np.array(feeds["budget"], np.int64)  # a captured graph keeps it; the caller's may change
         for name, array in host.items():
             if name != "budget":
                 self._device.upload(name, array)
@@ -71,10 +72,12 @@ class TensorRTWorker:
 
     def close(self) -> None:
         """Free everything on the device."""
-        while self._graphs:
-            self._forget_oldest()
-        self._contexts.clear()
-        self._device.close()
+        try:
+            while self._graphs:
+                self._forget_oldest()
+        finally:
+            self._contexts.clear()
+            self._device.close()
 
     def _enqueue(self, profile: int, sizes: Mapping[str, int], host: Mapping[str, Array]) -> None:
         if not self.captures:
@@ -93,15 +96,17 @@ class TensorRTWorker:
         self._graphs[key] = (graph, context, host["budget"])
 
     def _launch(self, context: Any, host: Mapping[str, Array]) -> None:
+        is_well = True
         for name, array in host.items():
             if name == "budget":
-                context.set_tensor_address(name, array.ctypes.data)
+                is_well &= context.set_tensor_address(name, array.ctypes.data)
             else:
-                context.set_input_shape(name, array.shape)
-                context.set_tensor_address(name, self._device.pointer(name))
+                is_well &= context.set_input_shape(name, array.shape)
+                is_well &= context.set_tensor_address(name, self._device.pointer(name))
         for tensor in self.spec.outputs:
-            context.set_tensor_address(tensor.name, self._device.pointer(tensor.name))
-        if not context.execute_async_v3(self._device.stream_handle):
+            is_well &= context.set_tensor_address(tensor.name, self._device.pointer(tensor.name))
+        # After a shape that was refused the context would run with the one before.
+        if not (is_well and context.execute_async_v3(self._device.stream_handle)):
             raise SessionError(
                 "the engine could not be run",
                 received=", ".join(f"{name} {list(array.shape)}" for name, array in host.items()),
@@ -110,13 +115,13 @@ class TensorRTWorker:
 
     def _context(self, profile: int) -> Any:
         context = self._create_context()
-        if context is None:
+        stream = self._device.stream_handle
+        if context is None or not context.set_optimization_profile_async(profile, stream):
             raise SessionError(
                 "the GPU has no room for the engine's activations",
                 received=f"profile {format_profile(self.profiles[profile])}",
                 hint="build with smaller profiles, or close other programs on the GPU",
             )
-        context.set_optimization_profile_async(profile, self._device.stream_handle)
         self._device.synchronize()
         return context
 
@@ -155,7 +160,7 @@ class _Device:
             ) from error
         self._cuda = runtime
         self._buffers: dict[str, int] = {}
-        self._stream = self._call(runtime.cudaStreamCreate())
+        self._stream = self._call(runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking))
         try:
             for name, size in sizes_bytes.items():
                 self._buffers[name] = int(self._call(runtime.cudaMalloc(size)))
@@ -191,17 +196,14 @@ class _Device:
         self._call(
             cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         )
-        problem: SessionError | None = None
         try:
-            launch()
-        except SessionError as error:
-            problem = error
-        try:
-            # Also after a failure: it takes the stream out of its capture.
-            graph = self._call(cuda.cudaStreamEndCapture(self._stream))
-        except SessionError as error:
-            problem = problem or error
-        if problem is not None:
+            try:
+                launch()
+            finally:
+                # Whatever happened: it takes the stream out of its capture.
+                error, graph = cuda.cudaStreamEndCapture(self._stream)
+            self._call((error,))
+        except SessionError as problem:
             raise SessionError(
                 "this engine cannot be captured as a CUDA graph",
                 received=problem.received,
@@ -219,12 +221,15 @@ class _Device:
         self._call(self._cuda.cudaGraphExecDestroy(graph))
 
     def close(self) -> None:
-        for pointer in self._buffers.values():
-            self._call(self._cuda.cudaFree(pointer))
+        """Free everything; the first error of CUDA is raised when that is done."""
+        cuda = self._cuda
+        results = [cuda.cudaFree(pointer) for pointer in self._buffers.values()]
         self._buffers.clear()
         if self._stream is not None:
-            self._call(self._cuda.cudaStreamDestroy(self._stream))
+            results.append(cuda.cudaStreamDestroy(self._stream))
             self._stream = None
+        for result in results:
+            self._call(result)
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         error, *values = result

@@ -9,6 +9,7 @@ with the addresses and shapes of then.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ def fake_tensorrt(spec: GraphSpec, run: Run, version: str, cuda: FakeCuda, *, lo
                 ctypes.memmove(addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
             module.contexts_used.append(profile)
 
-        return cuda.put(kernels)
+        return cuda.launch(stream, kernels)
 
     behaviour = {
         "Runtime.deserialize_cuda_engine": lambda runtime, data: _new(module.ICudaEngine) if loads else None,
@@ -81,41 +82,47 @@ def fake_tensorrt(spec: GraphSpec, run: Run, version: str, cuda: FakeCuda, *, lo
 
 
 class FakeCuda:
-    """``cuda.bindings.runtime`` with host memory; ``allocated`` and ``graphs`` hold what is not freed.
+    """``cuda.bindings.runtime`` with host memory; ``allocated``, ``streams`` and ``graphs`` hold what is not freed.
+
+    What is put on a stream waits until the stream is synchronised, as on a GPU that is busy. While a stream is
+    captured, nothing of it runs.
 
     Args:
         memory_bytes: of the device.
-        captures: whether what is put on a stream can be captured.
+        captures: whether kernels can be captured.
     """
 
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaStreamNonBlocking = 1
 
     def __init__(self, memory_bytes: int = 1 << 40, *, captures: bool = True) -> None:
         self.memory_bytes = memory_bytes
         self.captures = captures
         self.allocated: dict[int, Any] = {}
-        self.streams = 0
+        self.streams: dict[int, list[Callable[[], None]]] = {}
         self.graphs: list[Any] = []
         self.replays = 0
-        self._captured: list[Callable[[], None]] | None = None
+        self.before_kernels: Callable[[], None] = lambda: None
+        self._captured: dict[int, list[Callable[[], None]]] = {}
+        self._numbers = itertools.count(7)
 
-    def put(self, kernels: Callable[[], None]) -> bool:
-        """Run ``kernels``, or record them while a stream is captured; return whether that worked."""
-        if self._captured is None:
-            kernels()
-        elif not self.captures:
+    def launch(self, stream: int, kernels: Callable[[], None]) -> bool:
+        """Put ``kernels`` on the stream, or into its capture; return whether that worked."""
+        if stream in self._captured and not self.captures:
             return False
-        else:
-            self._captured.append(kernels)
+        self._put(stream, kernels)
         return True
 
+    def _put(self, stream: int, work: Callable[[], None]) -> None:
+        (self._captured if stream in self._captured else self.streams)[stream].append(work)
+
     def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        self._captured = []
+        self._captured[stream] = []
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
-        graph, self._captured = self._captured, None
+        graph = self._captured.pop(stream)
         return (0, graph) if self.captures else (901, None)
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
@@ -131,20 +138,27 @@ class FakeCuda:
 
     def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
         for kernels in graph:
-            kernels()
+            self._put(stream, kernels)
         self.replays += 1
         return (0,)
 
-    def cudaStreamCreate(self) -> tuple[int, int]:
-        self.streams += 1
-        return 0, 7
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        number = next(self._numbers)
+        self.streams[number] = []
+        return 0, number
 
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        self.streams -= 1
+        del self.streams[stream]
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        return (0,) if self._captured is None else (900,)
+        if stream in self._captured:
+            return (900,)
+        if self.streams[stream]:
+            self.before_kernels()
+        while self.streams[stream]:
+            self.streams[stream].pop(0)()
+        return (0,)
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         if sum(map(len, self.allocated.values())) + size > self.memory_bytes:
@@ -161,7 +175,7 @@ class FakeCuda:
         device = target if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else source
         if size > len(self.allocated[device]):
             return (1,)
-        ctypes.memmove(target, source, size)
+        self._put(stream, lambda: ctypes.memmove(target, source, size) and None)
         return (0,)
 
 

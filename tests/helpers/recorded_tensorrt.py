@@ -114,7 +114,7 @@ def _fits(
 
 def _accepts(kind: str, value: Any, known: Mapping[str, Any]) -> bool:
     if kind in known:
-        return value is None or isinstance(value, known[kind])
+        return isinstance(value, known[kind]) or (value is None and not issubclass(known[kind], enum.Enum))
     if kind == "bool":
         return isinstance(value, bool)
     if kind in ("int", "typing.SupportsInt"):

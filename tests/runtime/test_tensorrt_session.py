@@ -120,30 +120,40 @@ def test_what_comes_back_is_what_the_engine_computed(
             agrees(session, graph, feeds(bundle, *sizes))
         assert len(cuda.allocated) == held == 6  # allocated once: three inputs, three outputs
     assert module.contexts_used == [1, 0, 0, 1]
-    assert (cuda.allocated, cuda.streams) == ({}, 0)
+    assert (cuda.allocated, cuda.streams) == ({}, {})
 
 
 def test_threads_share_the_engine_and_nothing_else(
     bundle: Bundle, install: Install, cuda: FakeCuda, graph: OnnxRuntimeSession
 ) -> None:
-    """Two threads in the middle of a run at once: each has to find its own inputs and outputs."""
+    """Two calls at once, each with everything on its stream before either computes: each has to find its own."""
     install()
     both = threading.Barrier(2, timeout=60)
-    put = cuda.put
-
-    def meet(kernels: Callable[[], None]) -> bool:
-        both.wait()  # both have uploaded
-        is_well = put(kernels)
-        both.wait()  # both have computed, none has downloaded
-        return is_well
-
     with TensorRTSession(bundle, find_engine(bundle)) as session, ThreadPoolExecutor(2) as pool:
-        cuda.put = meet  # type: ignore[method-assign]  # the fake's seam
-        runs = [pool.submit(agrees, session, graph, feeds(bundle, batch, 7, 5)) for batch in (1, 2)]
-        for run in runs:
-            run.result()
-        assert len(cuda.allocated) == 18  # of this thread and of both others
-    assert (cuda.allocated, cuda.streams) == ({}, 0)
+        cuda.before_kernels = both.wait
+        runs = [pool.submit(session.run, feeds(bundle, batch, 7, 5)) for batch in (1, 2)]
+        outputs = [run.result() for run in runs]
+        cuda.before_kernels = lambda: None
+        for batch, have in zip((1, 2), outputs, strict=True):
+            np.testing.assert_array_equal(have.tokens, graph.run(feeds(bundle, batch, 7, 5)).tokens)
+        for _ in range(5):  # threads that come and go take what is there
+            threading.Thread(target=session.run, args=(feeds(bundle, 1, 7, 5),)).run()
+        assert (len(cuda.allocated), len(cuda.streams)) == (12, 2)  # as many as there were calls at once
+    assert (cuda.allocated, cuda.streams) == ({}, {})
+
+
+@pytest.mark.parametrize("refused", ["set_input_shape", "set_tensor_address", "set_optimization_profile_async"])
+def test_what_tensorrt_refuses_is_no_result(
+    bundle: Bundle, install: Install, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, refused: str
+) -> None:
+    module = install()
+    monkeypatch.setattr(module.IExecutionContext, refused, lambda *args: False)
+    session = TensorRTSession(bundle, find_engine(bundle))
+    with pytest.raises(SessionError):  # noqa: PT012  # opening asks for the profile, running for the rest
+        session.open()
+        session.run(feeds(bundle, 1, 7, 5))
+    session.close()
+    assert (cuda.allocated, cuda.streams) == ({}, {})
 
 
 class TestCudaGraphs:
@@ -158,7 +168,13 @@ class TestCudaGraphs:
                 pixels = rng.standard_normal(given["pixel_values"].shape, np.float32)
                 agrees(session, graph, {**given, "pixel_values": pixels})
             assert (len(cuda.graphs), cuda.replays) == (3, 3)
-        assert (cuda.allocated, cuda.streams, cuda.graphs) == ({}, 0, [])
+            # The budget that a graph was captured with is its own, whatever becomes of the caller's array.
+            given = dict(feeds(bundle, 1, 7, 4))
+            for _ in range(2):
+                agrees(session, graph, given)
+                given["budget"][...] = 3
+                given["budget"] = np.array(4)
+        assert (cuda.allocated, cuda.streams, cuda.graphs) == ({}, {}, [])
 
     def test_the_least_recently_used_graph_makes_room(
         self, bundle: Bundle, install: Install, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
@@ -218,7 +234,7 @@ def test_too_little_memory_on_the_gpu_frees_what_was_taken(bundle: Bundle, insta
     cuda.memory_bytes = 100_000
     with pytest.raises(SessionError, match="CUDA runtime reports"):
         TensorRTSession(bundle, find_engine(bundle)).open()
-    assert (cuda.allocated, cuda.streams) == ({}, 0)
+    assert (cuda.allocated, cuda.streams) == ({}, {})
 
 
 def test_an_engine_that_the_library_cannot_load(bundle: Bundle, install: Install, cuda: FakeCuda) -> None:
@@ -226,7 +242,7 @@ def test_an_engine_that_the_library_cannot_load(bundle: Bundle, install: Install
     with pytest.raises(SessionError, match="cannot load the engine") as caught:
         TensorRTSession(bundle, find_engine(bundle)).open()
     assert f"flashvlm build {bundle.path} --precision fp16 --target l4 --overwrite" in str(caught.value.hint)
-    assert (cuda.allocated, cuda.streams) == ({}, 0)
+    assert (cuda.allocated, cuda.streams) == ({}, {})
 
 
 def test_an_edited_engine_is_not_loaded(bundle: Bundle, install: Install) -> None:
