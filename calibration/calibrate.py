@@ -206,7 +206,7 @@ class _Calibration:
         note(f"images       {len(self.split.calibration)} set the ranges, {len(self.split.held_out)} held out")
         if not self.split.held_out:
             note("NOTE: with one image nothing is held out: the figures are those of the image that set the ranges")
-        judged = "the kept set" if self.whole_set else "its important part and coverage (diversity: bipartite)"
+        judged = "the kept set" if self.whole_set else "its important part and coverage"
         note(f"tolerance    {settings.tolerance or 'none'}, at budget {settings.budget}, judged on {judged}")
         if self.bundle.manifest.source.weights.startswith("random"):
             note("NOTE: random weights: ranges and figures say nothing about a trained model")

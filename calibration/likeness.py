@@ -46,9 +46,9 @@ class Tolerance:
 
     Attributes:
         cosine: least :attr:`Likeness.cosine`.
-        iou: least IoU: of the kept set where background tokens are chosen by ``farthest``; of its important part with
-            ``bipartite``, whose other half hangs on rounding (see docs/selection.md).
-        coverage: least :attr:`Likeness.coverage`, asked for with ``bipartite`` only.
+        iou: least IoU: of the kept set where the selector's settings call it stable, as with ``farthest``; else of its
+            important part, as with ``bipartite``, whose other half hangs on rounding (see docs/selection.md).
+        coverage: least :attr:`Likeness.coverage`, asked for only where the kept set is not stable.
     """
 
     cosine: float = 0.99

@@ -19,8 +19,8 @@ from flashvlm_export.specs import Precision
 class VisualGraph(nn.Module):
     """See :func:`flashvlm_export.specs.visual_graph_spec` for the inputs and the first three outputs.
 
-    Three more outputs, ``patch_features``, ``saliency`` and all ``projected_tokens``, exist for the checks and are
-    dropped from the file that ships.
+    More outputs, ``patch_features``, ``saliency`` where the selector needs it, and all ``projected_tokens``, exist for
+    the checks and are dropped from the file that ships.
     """
 
     def __init__(self, encoder: nn.Module, selector: nn.Module) -> None:
@@ -30,8 +30,8 @@ class VisualGraph(nn.Module):
 
     def forward(
         self, pixel_values: Tensor, text_embeds: Tensor, text_mask: Tensor, budget: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-        """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``, then the encoder's three outputs."""
+    ) -> tuple[Tensor, ...]:
+        """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``, then what the encoder gave."""
         features, saliency, tokens = self.encoder(pixel_values)
         # The checks have to see the very tensors that selection sees: ONNX Runtime on a CPU computes float16 graphs in
         # float32 and rounds only at the outputs.
@@ -39,7 +39,8 @@ class VisualGraph(nn.Module):
         kept, scores = self.selector(features32, saliency, tokens32, text_embeds.float(), text_mask, budget)
         indices = ascending_indices(kept, budget)
         gathered = tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
-        return gathered, indices, scores, features32, saliency, tokens32
+        seen = (features32, tokens32) if saliency is None else (features32, saliency, tokens32)
+        return gathered, indices, scores, *seen
 
 
 def build_visual_graph(

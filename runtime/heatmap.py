@@ -1,4 +1,4 @@
-"""A picture of what selection did: the fused score over the image, and the kept patches on a dimmed one."""
+"""A picture of what selection did: the score over the image, and the kept patches on a dimmed one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw_selection(
     font = ImageFont.load_default(15)
     sheet = Image.new("RGB", (2 * _SIDE + 3 * _GAP, _SIDE + 3 * _GAP + 40 + 20 * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("score: saliency and relevance, by rank", f"kept: {len(indices)} of {len(scores)} visual tokens")
+    titles = ("score, by rank", f"kept: {len(indices)} of {len(scores)} visual tokens")
     for number, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
         x = _GAP + number * (_SIDE + _GAP)
         draw.text((x, _GAP), title, "black", font)

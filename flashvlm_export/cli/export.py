@@ -33,12 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="LIST", default="fp32,fp16", help="visual graphs to write, of fp32 and fp16"
     )
     parser.add_argument(
-        "--selector", choices=sorted(SELECTORS), default="flashvlm", help="how visual tokens are chosen"
+        "--selector",
+        choices=list(SELECTORS),
+        default="flashvlm",
+        help="how visual tokens are chosen: " + "; ".join(f"{row.name} = {row.summary}" for row in SELECTORS.values()),
     )
     parser.add_argument(
         "--diversity",
         choices=DIVERSITIES,
-        help="background tokens: bipartite = the authors' step, the default; farthest = stable under rounding",
+        help="background tokens of flashvlm: bipartite = the authors' step, the default; farthest = stable under "
+        "rounding",
     )
     parser.add_argument(
         "--set",
@@ -79,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         precisions=_precisions(args.precision),
         selector=args.selector,
-        selection=_settings(args.set, args.diversity),
+        selection=_settings(args.selector, args.set, args.diversity),
         decoder=args.decoder,
         engine_check=args.engine_check,
         overwrite=args.overwrite,
@@ -114,7 +118,13 @@ def _precisions(text: str) -> list[Precision]:
     return list(dict.fromkeys(chosen))
 
 
-def _settings(texts: list[str], diversity: str | None) -> dict[str, str]:
+def _settings(selector: str, texts: list[str], diversity: str | None) -> dict[str, str]:
+    if diversity and selector != "flashvlm":
+        raise ConfigError(
+            "--diversity belongs to the selector 'flashvlm'",
+            received=f"--selector {selector} --diversity {diversity}",
+            expected="--selector flashvlm, or no --diversity",
+        )
     pairs = [_setting(text) for text in texts] + ([("diversity", diversity)] if diversity else [])
     settings = dict(pairs)
     if len(settings) < len(pairs):

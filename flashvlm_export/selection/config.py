@@ -1,19 +1,21 @@
-"""Settings of the FlashVLM selector (arXiv 2512.20561; defaults of the authors' released implementation)."""
+"""Settings of the selectors; defaults are those of the authors' released implementations."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from flashvlm_export.errors import ConfigError
 
 Diversity = Literal["bipartite", "farthest"]
 DIVERSITIES: tuple[Diversity, ...] = ("bipartite", "farthest")
+_ANY = float("inf")
 
 
 @dataclass(frozen=True)
 class FlashVLMConfig:
-    """How FlashVLM weighs saliency, relevance and diversity.
+    """How FlashVLM weighs saliency, relevance and diversity (arXiv 2512.20561).
 
     Attributes:
         diversity: how the background tokens are thinned out. ``bipartite`` is the authors' step and the default of
@@ -55,23 +57,136 @@ class FlashVLMConfig:
             raise ConfigError(
                 "unknown diversity step", received=repr(self.diversity), expected=f"one of {', '.join(DIVERSITIES)}"
             )
-        ranges = {
-            "eta": (0.0, 1.0),
-            "relevance_temperature": (1e-6, float("inf")),
-            "sharpening_temperature": (1e-6, float("inf")),
-            "power": (1e-6, float("inf")),
-            "quantile": (0.0, 1.0),
-            "damping": (0.0, 1.0),
-            "important_ratio": (0.0, 1.0),
-            "merge_step": (1, 1 << 30),
-        }
-        for field in fields(self):
-            if field.name in ranges:
-                low, high = ranges[field.name]
-                value = getattr(self, field.name)
-                if not low <= value <= high:
-                    raise ConfigError(
-                        f"selection setting '{field.name}' is out of range",
-                        received=value,
-                        expected=f"{low} to {high}",
-                    )
+        _check_ranges(
+            self,
+            {
+                "eta": (0.0, 1.0),
+                "relevance_temperature": (1e-6, _ANY),
+                "sharpening_temperature": (1e-6, _ANY),
+                "power": (1e-6, _ANY),
+                "quantile": (0.0, 1.0),
+                "damping": (0.0, 1.0),
+                "important_ratio": (0.0, 1.0),
+                "merge_step": (1, 1 << 30),
+            },
+        )
+
+
+class _KeepsBestScores:
+    """For selectors whose kept tokens all follow one score, so that rounding moves them only at its border."""
+
+    is_stable: ClassVar[bool] = True
+
+    def important_tokens(self, budget: int) -> int:
+        """Return ``budget``: every token goes to the best scores."""
+        return budget
+
+
+@dataclass(frozen=True)
+class RandomConfig(_KeepsBestScores):
+    """Chance.
+
+    Attributes:
+        seed: which shuffling, 0 or more; report the mean over several.
+
+    Raises:
+        ConfigError: if ``seed`` is negative.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {"seed": (0, (1 << 63) - 1)})
+
+
+@dataclass(frozen=True)
+class UniformConfig(_KeepsBestScores):
+    """An even grid has nothing to set."""
+
+
+@dataclass(frozen=True)
+class ClsAttentionConfig(_KeepsBestScores):
+    """The best of CLS attention has nothing to set."""
+
+
+@dataclass(frozen=True)
+class VisPrunerConfig:
+    """How VisPruner divides the budget (arXiv 2412.01818).
+
+    Attributes:
+        important_ratio: share of the budget given to attention, ``0..1``; the rest goes to diversity.
+        merge_step: tokens dropped per round.
+
+    Raises:
+        ConfigError: if a value is outside its range.
+    """
+
+    important_ratio: float = 0.5
+    merge_step: int = 8
+
+    is_stable: ClassVar[bool] = False
+
+    def important_tokens(self, budget: int) -> int:
+        """Return how many of ``budget`` tokens go to the highest attention."""
+        return int(self.important_ratio * budget)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {"important_ratio": (0.0, 1.0), "merge_step": (1, 1 << 30)})
+
+
+@dataclass(frozen=True)
+class VisionZipConfig:
+    """How VisionZip divides the budget (arXiv 2412.04467).
+
+    Attributes:
+        contextual_ratio: share of the budget for contextual tokens, ``0..1``; commonly 10 of 64, 20 of 128,
+            30 of 192.
+
+    Raises:
+        ConfigError: if the ratio is outside its range.
+    """
+
+    contextual_ratio: float = 10 / 64
+
+    # One dominant token exchanged shifts the steps of the contextual ones.
+    is_stable: ClassVar[bool] = False
+
+    def important_tokens(self, budget: int) -> int:
+        """Return how many of ``budget`` tokens are dominant."""
+        return budget - int(self.contextual_ratio * budget)
+
+    def __post_init__(self) -> None:
+        _check_ranges(self, {"contextual_ratio": (0.0, 1.0)})
+
+
+@dataclass(frozen=True)
+class DivPruneConfig:
+    """DivPrune has nothing to set (arXiv 2503.02175)."""
+
+    # Everything hangs on which token comes first.
+    is_stable: ClassVar[bool] = False
+
+    def important_tokens(self, budget: int) -> int:
+        """Return 0: distances decide, no score does."""
+        return 0
+
+
+@dataclass(frozen=True)
+class CDPrunerConfig:
+    """CDPruner has nothing to set (arXiv 2506.10967)."""
+
+    # What is left unexplained shrinks with every token kept, and the differences between tokens with it.
+    is_stable: ClassVar[bool] = False
+
+    def important_tokens(self, budget: int) -> int:
+        """Return 0: no token is kept for its relevance alone."""
+        return 0
+
+
+def _check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise ConfigError(
+                f"selection setting '{name}' is out of range", received=value, expected=f"{low} to {high}"
+            )

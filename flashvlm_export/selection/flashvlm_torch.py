@@ -2,9 +2,6 @@
 
 Everything is float32 whatever the precision around it: in float16 the sharpening ``exp(250 Δcos)`` leaves some tens
 of distinct values for 576 patches, and ranks become arbitrary.
-
-The two diversity loops carry tensors of fixed shape, because TensorRT asks for it; the budget only decides how often
-they turn and how many positions count.
 """
 
 from __future__ import annotations
@@ -13,14 +10,17 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch._higher_order_ops import while_loop
 
 from flashvlm_export.selection.config import FlashVLMConfig
-from flashvlm_export.selection.stages_torch import descending, likeness_matrix, mark, minmax, unit_rows
-
-# Below every likeness (-2..0) and merit (0..2), for entries that must never win a maximum. Finite, so that sums with it
-# stay finite.
-_NEVER = -4.0
+from flashvlm_export.selection.stages_torch import (
+    NEVER,
+    bipartite,
+    farthest,
+    likeness_matrix,
+    minmax,
+    share,
+    unit_rows,
+)
 
 
 class FlashVLM(nn.Module):
@@ -42,7 +42,7 @@ class FlashVLM(nn.Module):
         """Return ``(kept bool [B,N], scores float32 [B,N])``."""
         scores = self.fused_score(saliency, self.text_relevance(visual_tokens, text_embeds, text_mask))
         likeness = likeness_matrix(patch_features)
-        important = torch.floor(self.config.important_ratio * budget.to(torch.float64)).to(torch.int64)
+        important = share(self.config.important_ratio, budget)
         if self.config.diversity == "bipartite":
             kept = bipartite(likeness, scores, important, budget, self.config.merge_step)
         else:
@@ -55,7 +55,7 @@ class FlashVLM(nn.Module):
         mask = text_mask[:, None, :]
         cosine = unit_rows(visual_tokens) @ unit_rows(text_embeds).transpose(1, 2)
         # Finite even where a row has no text at all, so that no NaN arises; such rows are zeroed below.
-        weights = torch.softmax(torch.where(mask, cosine, _NEVER) / cfg.relevance_temperature, dim=-1)
+        weights = torch.softmax(torch.where(mask, cosine, NEVER) / cfg.relevance_temperature, dim=-1)
         relevance = (weights * torch.where(mask, cosine, 0.0)).sum(-1)
         sharpened = minmax(torch.softmax(relevance / cfg.sharpening_temperature, dim=-1) ** cfg.power)
         threshold = quantile(sharpened, cfg.quantile)
@@ -76,62 +76,3 @@ def quantile(values: Tensor, q: float) -> Tensor:
     top = torch.topk(values, values.shape[-1] - low, dim=-1).values
     below = top[:, -1:]
     return below if position == low else below + (position - low) * (top[:, -2:-1] - below)
-
-
-def bipartite(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor, step: int) -> Tensor:
-    """Keep the best ``important`` scores and thin the rest out pairwise (the authors' step); bool ``[B,N]``.
-
-    The state is ``order`` ``[B,N]``: the residual tokens by position, of which the first ``live`` count. Even
-    positions are sorted by their largest likeness to an odd one, the most redundant ``step`` are cut off, and the
-    odds follow.
-    """
-    count = scores.shape[1]
-    half = (count + 1) // 2
-    position = torch.arange(count, device=scores.device)
-    target = budget - important
-
-    def unfinished(live: Tensor, order: Tensor) -> Tensor:
-        return live > target
-
-    def thin(live: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        evens, odds = order[:, 0::2], order[:, 1::2]
-        is_odd = mark(order, (position % 2 == 1) & (position < live))
-        redundancy = (likeness + torch.where(is_odd, 0.0, _NEVER)[:, None, :]).amax(-1)
-        evens = evens.gather(1, descending(torch.where(position[0::2] < live, redundancy.gather(1, evens), _NEVER)))
-        live_evens = (live + 1) // 2
-        dropped = torch.minimum(torch.clamp(live - target, max=step), live_evens)
-        kept_evens = live_evens - dropped
-        source = torch.where(position < kept_evens, position + dropped, half + position - kept_evens)
-        order = torch.cat([evens, odds], dim=1)[:, torch.clamp(source, max=count - 1)]
-        return live - dropped, order
-
-    by_score = descending(scores)
-    residual = by_score[:, torch.clamp(position + important, max=count - 1)]
-    live, order = while_loop(unfinished, thin, (count - important, residual))
-    return mark(by_score, position < important) | mark(order, position < live)
-
-
-def farthest(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor) -> Tensor:
-    """Keep the best ``important`` scores, then what is least similar to all kept so far; bool ``[B,N]``.
-
-    One loop picks all ``budget`` tokens: the first ``important`` follow the score, the others the farthest point.
-    (TensorRT-RTX 1.7.1 cannot start the carried closeness from a row maximum of the matrix that the loop reads.)
-    """
-    batch, count = scores.shape
-    position = torch.arange(count, device=scores.device)
-
-    def unfinished(turn: Tensor, closeness: Tensor, kept: Tensor) -> Tensor:
-        return turn < budget
-
-    def pick(turn: Tensor, closeness: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        merit = torch.where(turn < important, scores, -closeness)
-        best = torch.where(kept, _NEVER, merit).argmax(-1, keepdim=True)
-        row = likeness.gather(1, best[:, :, None].expand(-1, 1, count))[:, 0]
-        return turn + 1, torch.maximum(closeness, row), kept | (position == best)
-
-    start = (
-        torch.zeros_like(budget),
-        torch.full((batch, count), _NEVER / 2, device=scores.device),
-        torch.zeros((batch, count), dtype=torch.bool, device=scores.device),
-    )
-    return while_loop(unfinished, pick, start)[2]

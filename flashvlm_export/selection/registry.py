@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 
 from flashvlm_export.errors import ConfigError
-from flashvlm_export.selection.config import FlashVLMConfig
+from flashvlm_export.selection.config import (
+    CDPrunerConfig,
+    ClsAttentionConfig,
+    DivPruneConfig,
+    FlashVLMConfig,
+    RandomConfig,
+    UniformConfig,
+    VisionZipConfig,
+    VisPrunerConfig,
+)
 from flashvlm_export.specs import Array, check_budget
 
 if TYPE_CHECKING:
@@ -51,7 +60,11 @@ class Selector:
         known = [field.name for field in fields(self.config_type)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ConfigError(f"selector '{self.name}' has no such setting", received=unknown, expected=known)
+            raise ConfigError(
+                f"selector '{self.name}' has no such setting",
+                received=unknown,
+                expected=known or "none: nothing is set",
+            )
         try:
             return msgspec.convert(dict(settings), self.config_type, strict=False)
         except msgspec.ValidationError as error:
@@ -65,15 +78,76 @@ class Selector:
         return module.eval()
 
 
+_PACKAGE = "flashvlm_export.selection"
+
 SELECTORS: dict[str, Selector] = {
-    "flashvlm": Selector(
-        name="flashvlm",
-        summary="saliency × text relevance for half of the budget, diversity for the rest (arXiv 2512.20561)",
-        config_type=FlashVLMConfig,
-        needs_saliency=True,
-        numpy_function="flashvlm_export.selection.flashvlm_numpy:select_image",
-        torch_module="flashvlm_export.selection.flashvlm_torch:FlashVLM",
-    ),
+    row.name: row
+    for row in (
+        Selector(
+            name="flashvlm",
+            summary="saliency × text relevance for half of the budget, diversity for the rest (arXiv 2512.20561)",
+            config_type=FlashVLMConfig,
+            needs_saliency=True,
+            numpy_function=f"{_PACKAGE}.flashvlm_numpy:select_image",
+            torch_module=f"{_PACKAGE}.flashvlm_torch:FlashVLM",
+        ),
+        Selector(
+            name="vispruner",
+            summary="attention of CLS for half of the budget, duplicates removed from the rest (arXiv 2412.01818)",
+            config_type=VisPrunerConfig,
+            needs_saliency=True,
+            numpy_function=f"{_PACKAGE}.vispruner_numpy:select_image",
+            torch_module=f"{_PACKAGE}.vispruner_torch:VisPruner",
+        ),
+        Selector(
+            name="visionzip",
+            summary="attention of CLS, and even steps through the rest, without merging (arXiv 2412.04467)",
+            config_type=VisionZipConfig,
+            needs_saliency=True,
+            numpy_function=f"{_PACKAGE}.visionzip_numpy:select_image",
+            torch_module=f"{_PACKAGE}.visionzip_torch:VisionZip",
+        ),
+        Selector(
+            name="divprune",
+            summary="greatest smallest distance between kept tokens (arXiv 2503.02175)",
+            config_type=DivPruneConfig,
+            needs_saliency=False,
+            numpy_function=f"{_PACKAGE}.divprune_numpy:select_image",
+            torch_module=f"{_PACKAGE}.divprune_torch:DivPrune",
+        ),
+        Selector(
+            name="cdpruner",
+            summary="mode of a determinantal point process, given the text (arXiv 2506.10967)",
+            config_type=CDPrunerConfig,
+            needs_saliency=False,
+            numpy_function=f"{_PACKAGE}.cdpruner_numpy:select_image",
+            torch_module=f"{_PACKAGE}.cdpruner_torch:CDPruner",
+        ),
+        Selector(
+            name="cls-attention",
+            summary="what CLS attends to most",
+            config_type=ClsAttentionConfig,
+            needs_saliency=True,
+            numpy_function=f"{_PACKAGE}.baselines_numpy:cls_attention",
+            torch_module=f"{_PACKAGE}.baselines_torch:ClsAttention",
+        ),
+        Selector(
+            name="uniform",
+            summary="an even grid of patches",
+            config_type=UniformConfig,
+            needs_saliency=False,
+            numpy_function=f"{_PACKAGE}.baselines_numpy:uniform_grid",
+            torch_module=f"{_PACKAGE}.baselines_torch:UniformGrid",
+        ),
+        Selector(
+            name="random",
+            summary="the same random patches of every image",
+            config_type=RandomConfig,
+            needs_saliency=False,
+            numpy_function=f"{_PACKAGE}.baselines_numpy:random_tokens",
+            torch_module=f"{_PACKAGE}.baselines_torch:Random",
+        ),
+    )
 }
 
 

@@ -1,9 +1,18 @@
-"""Tensor stages that torch selectors share. All of them export to plain ONNX operators with stable ties."""
+"""Tensor stages that torch selectors share. All of them export to plain ONNX operators with stable ties.
+
+The loops carry tensors of fixed shape, because TensorRT asks for it; the budget only decides how often they turn and
+how many positions count.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._higher_order_ops import while_loop
+
+# Below every likeness (-2..0) and merit (0..2), for entries that must never win a maximum. Finite, so that sums with it
+# stay finite.
+NEVER = -4.0
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -43,6 +52,11 @@ def descending(values: Tensor) -> Tensor:
     return torch.sort(values, dim=-1, descending=True, stable=True).indices
 
 
+def share(ratio: float, budget: Tensor) -> Tensor:
+    """Return ``floor(ratio * budget)`` as int64, right to the last token where a product falls on a whole number."""
+    return torch.floor(ratio * budget.to(torch.float64)).to(torch.int64)
+
+
 def mark(tokens: Tensor, live: Tensor) -> Tensor:
     """Return bool ``[B, N]``: true for every token in ``tokens`` (int64 ``[B, P]``, values below N=P) that is ``live``.
 
@@ -52,6 +66,65 @@ def mark(tokens: Tensor, live: Tensor) -> Tensor:
     slots = torch.where(live, tokens, count)
     marks = torch.zeros(batch, count + 1, dtype=torch.float32, device=tokens.device)
     return marks.scatter(1, slots, 1.0)[:, :count] > 0
+
+
+def bipartite(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor, step: int) -> Tensor:
+    """Keep the best ``important`` scores and thin the rest out pairwise (the authors' step); bool ``[B,N]``.
+
+    The state is ``order`` ``[B,N]``: the residual tokens by position, of which the first ``live`` count. Even
+    positions are sorted by their largest likeness to an odd one, the most redundant ``step`` are cut off, and the
+    odds follow.
+    """
+    count = scores.shape[1]
+    half = (count + 1) // 2
+    position = torch.arange(count, device=scores.device)
+    target = budget - important
+
+    def unfinished(live: Tensor, order: Tensor) -> Tensor:
+        return live > target
+
+    def thin(live: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        evens, odds = order[:, 0::2], order[:, 1::2]
+        is_odd = mark(order, (position % 2 == 1) & (position < live))
+        redundancy = (likeness + torch.where(is_odd, 0.0, NEVER)[:, None, :]).amax(-1)
+        evens = evens.gather(1, descending(torch.where(position[0::2] < live, redundancy.gather(1, evens), NEVER)))
+        live_evens = (live + 1) // 2
+        dropped = torch.minimum(torch.clamp(live - target, max=step), live_evens)
+        kept_evens = live_evens - dropped
+        source = torch.where(position < kept_evens, position + dropped, half + position - kept_evens)
+        order = torch.cat([evens, odds], dim=1)[:, torch.clamp(source, max=count - 1)]
+        return live - dropped, order
+
+    by_score = descending(scores)
+    residual = by_score[:, torch.clamp(position + important, max=count - 1)]
+    live, order = while_loop(unfinished, thin, (count - important, residual))
+    return mark(by_score, position < important) | mark(order, position < live)
+
+
+def farthest(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor) -> Tensor:
+    """Keep the best ``important`` scores, then what is least similar to all kept so far; bool ``[B,N]``.
+
+    One loop picks all ``budget`` tokens: the first ``important`` follow the score, the others the farthest point.
+    (TensorRT-RTX 1.7.1 cannot start the carried closeness from a row maximum of the matrix that the loop reads.)
+    """
+    batch, count = scores.shape
+    position = torch.arange(count, device=scores.device)
+
+    def unfinished(turn: Tensor, closeness: Tensor, kept: Tensor) -> Tensor:
+        return turn < budget
+
+    def pick(turn: Tensor, closeness: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        merit = torch.where(turn < important, scores, -closeness)
+        best = torch.where(kept, NEVER, merit).argmax(-1, keepdim=True)
+        row = likeness.gather(1, best[:, :, None].expand(-1, 1, count))[:, 0]
+        return turn + 1, torch.maximum(closeness, row), kept | (position == best)
+
+    start = (
+        torch.zeros_like(budget),
+        torch.full((batch, count), NEVER / 2, device=scores.device),
+        torch.zeros((batch, count), dtype=torch.bool, device=scores.device),
+    )
+    return while_loop(unfinished, pick, start)[2]
 
 
 def ascending_indices(kept: Tensor, budget: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
+from flashvlm_export.selection import SELECTORS
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,44 @@ def test_export_inspect_run(tiny_checkpoint: Path, photo: Path, tmp_path: Path, 
         answers.append(json.loads(capsys.readouterr().out)["answers"][0]["answer"])
     assert answers[0] == answers[1]
     assert len(set(answers)) > 1
+
+
+@pytest.mark.parametrize(
+    ("selector", "precision", "settings"),
+    [
+        ("vispruner", "fp32", {"important_ratio": 0.25, "merge_step": 8}),
+        ("visionzip", "fp32", {"contextual_ratio": 0.15625}),
+        ("divprune", "fp32", {}),
+        ("cdpruner", "fp16", {}),
+        ("cls-attention", "fp32", {}),
+        ("uniform", "fp32", {}),
+        ("random", "fp16", {"seed": 7}),
+    ],
+)
+def test_every_other_selector_exports_with_the_same_checks(
+    selector: str,
+    precision: str,
+    settings: dict[str, float],
+    tiny_checkpoint: Path,
+    photo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Those that need no saliency have no attention row in the graph; the bundle runs all the same."""
+    bundle = tmp_path / "bundle"
+    export = ["export", str(tiny_checkpoint), "--output", str(bundle), "--selector", selector, "--decoder", "none"]
+    changed = {"vispruner": ["--set", "important_ratio=0.25"], "random": ["--set", "seed=7"]}.get(selector, [])
+    assert main([*export, *changed, "--precision", precision, "--engine-check", "required", "--json"]) == 0
+    captured = capsys.readouterr()
+    exported = json.loads(captured.out)
+    assert exported["selection"] == {"selector": selector, "config": settings}
+    checks = exported["checks"][precision]
+    assert checks["parity"]["exact_rows"] == 7
+    assert checks["tensorrt_rtx"]["engine_size_bytes"] > 100_000
+    assert "None output" not in captured.err
+    run = ["run", str(bundle), "--image", str(photo), "--prompt", "What?", "--budget", "5", "--json"]
+    assert main([*run, "--visual-only"]) == 0
+    assert json.loads(capsys.readouterr().out)["answers"][0]["kept_tokens"] == 5
 
 
 @pytest.mark.parametrize(
@@ -141,6 +180,16 @@ def test_export_refuses_what_it_cannot_do(
         (["export", "llava-2", "--output", out], 2, "unknown model"),
         (["export", model, "--revision", "main", "--output", out], 2, "a revision belongs to the hub"),
         (["export", model, "--output", out, "--diversity", "farthest", "--set", "diversity=bipartite"], 2, "twice"),
+        (
+            ["export", model, "--output", out, "--diversity", "farthest", "--selector", "divprune"],
+            2,
+            "to the selector 'fl",
+        ),
+        (
+            ["export", model, "--output", out, "--set", "diversity=farthest", "--selector", "random"],
+            2,
+            "no such setting",
+        ),
         (["export", model, "--output", out, "--precision", "fp8"], 2, "unknown precision"),
         (["export", model, "--output", out, "--precision", "int8"], 2, "not exported but calibrated"),
         (["export", model, "--output", out, "--set", "eta"], 2, "not a setting"),
@@ -175,6 +224,9 @@ def test_help_tells_defaults(capsys: pytest.CaptureFixture[str]) -> None:
         shown[verb] = " ".join(capsys.readouterr().out.split())
         assert "--json" in shown[verb]
     assert "(default: fp32,fp16)" in shown["export"]
+    for row in SELECTORS.values():
+        # Without blanks: argparse also breaks lines at hyphens.
+        assert f"{row.name} = {row.summary}".replace(" ", "") in shown["export"].replace(" ", "")
     assert "(default: auto)" in shown["export"]
     assert "longest answer, in tokens (default: 128)" in shown["run"]
     assert "longest answer, in tokens (default: 64)" in shown["eval"]

@@ -7,7 +7,7 @@ import pytest
 
 from flashvlm_export.errors import BudgetError, ConfigError
 from flashvlm_export.selection import FlashVLMConfig, get_selector, select_tokens
-from flashvlm_export.selection.flashvlm_numpy import bipartite, farthest
+from flashvlm_export.selection.stages_numpy import bipartite, farthest
 
 DIVERSITIES = ("bipartite", "farthest")
 
@@ -151,6 +151,6 @@ def test_settings_are_checked() -> None:
         eta=0.4, merge_step=2
     )
     with pytest.raises(ConfigError, match="unknown selector"):
-        get_selector("random")
+        get_selector("best")
     with pytest.raises(ConfigError, match="no selector has settings of this type"):
         select_tokens(*random_arrays(), 4, {"eta": 0.5})
