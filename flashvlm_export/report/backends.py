@@ -140,13 +140,12 @@ def make_pytorch(
     """
     try:
         import torch
-        import transformers  # noqa: F401  # the reference needs both
-    except ImportError as error:
-        raise DependencyError(
-            "the report compares with PyTorch", received=str(error), hint=install_hint("report")
-        ) from error
 
-    from flashvlm_export.export.reference import LlavaReference
+        from flashvlm_export.export.reference import LlavaReference
+    except ImportError as error:
+        hint = install_hint("report")
+        raise DependencyError("the report compares with PyTorch", received=str(error), hint=hint) from error
+
     from flashvlm_export.runtime.embeddings import splice
     from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
     from flashvlm_export.runtime.images import load_image
