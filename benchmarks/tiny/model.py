@@ -1,0 +1,249 @@
+"""flashvlm-tiny: its configuration, tokenizer, fast forward passes for training, and the checkpoint on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import scenes
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+WIDTH = 192
+VISION_HEADS = 4
+LLM_HEADS = 4
+TOKENS = scenes.GRID * scenes.GRID
+# Longest question with "assistant :" and its answer.
+ANSWER_STEPS = 16
+
+_SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
+_FUNCTION = "user assistant : ? . , what which how many is there a an the colour shape word number beside are objects"
+_FUNCTION += " object at on in or of left right top bottom middle above below yes no"
+VOCABULARY = [*_SPECIAL, *_FUNCTION.split(), *scenes.COLOURS, *scenes.SHAPES, *scenes.PLURALS, *scenes.COUNTS]
+VOCABULARY += [*scenes.WORDS, *scenes.NUMBERS]
+IDS = {word: number for number, word in enumerate(VOCABULARY)}
+# What stands before the image's tokens: "<s> user :".
+OPENING = [IDS["<s>"], IDS["user"], IDS[":"]]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def encode(text: str) -> list[int]:
+    """The tokenizer's ids for a question, without opening and without its overhead."""
+    return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words, lower case."""
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", IDS["<s>"])]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_config() -> LlavaConfig:
+    """LLaVA-1.5 in small: 336 px, 576 tokens, features of the last but one of six vision layers, without CLS."""
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=6,
+            num_attention_heads=VISION_HEADS,
+            image_size=scenes.SIDE,
+            patch_size=scenes.PATCH,
+            projection_dim=WIDTH,
+            hidden_act="gelu",
+        ),
+        text_config=LlamaConfig(
+            hidden_size=WIDTH,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=LLM_HEADS,
+            num_key_value_heads=LLM_HEADS,
+            vocab_size=len(VOCABULARY),
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            bos_token_id=IDS["<s>"],
+            eos_token_id=IDS["</s>"],
+            pad_token_id=IDS["<pad>"],
+        ),
+        image_token_index=IDS["<image>"],
+        image_seq_length=TOKENS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def sines(x: Tensor, y: Tensor, frequencies: int) -> Tensor:
+    """``[..., 4 * frequencies]``: sines and cosines of two coordinates in 0..1, half a wave to ``frequencies / 2``."""
+    waves = torch.pi * 2 ** torch.linspace(0, 3.6, frequencies)
+    angles = torch.cat([x[..., None] * waves, y[..., None] * waves], -1)
+    return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """Fresh weights; positions start as two-dimensional sines, which an encoder this small needs."""
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration(make_config())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.normal_(0, 0.7 / parameter.shape[1] ** 0.5)
+            elif name.endswith("patch_embedding.weight"):
+                parameter.normal_(0, 1.4 / parameter[0].numel() ** 0.5)
+        rows, columns = torch.meshgrid(*[(torch.arange(scenes.GRID) + 0.5) / scenes.GRID] * 2, indexing="ij")
+        table = 0.5 * sines(columns.reshape(-1), rows.reshape(-1), WIDTH // 4)
+        embeddings = model.model.vision_tower.embeddings
+        embeddings.position_embedding.weight[1:] = table
+        embeddings.position_embedding.weight[0] = 0
+        embeddings.class_embedding.normal_(0, 0.5)
+        words = model.model.language_model.embed_tokens.weight
+        words.normal_(0, 0.3)
+        for singular, plural in zip(scenes.SHAPES, scenes.PLURALS, strict=True):
+            words[IDS[plural]] = words[IDS[singular]] + 0.5 * words[IDS[plural]]
+        model.lm_head.weight.normal_(0, 0.02)
+    return model
+
+
+def vision_features(tower: nn.Module, patches: Tensor, index: Tensor | None = None) -> Tensor:
+    """Output of the last but one layer, CLS first: ``[B, 1 + K, C]``.
+
+    ``patches`` ``[B, K, 588]`` normalised pixels; ``index`` ``[B, K]`` their places on the grid, None for all 576. The
+    same numbers as the library's; written out because its attention's backward pass is slow on a CPU.
+    """
+    table = tower.embeddings.position_embedding.weight
+    kernel = tower.embeddings.patch_embedding.weight
+    hidden = F.linear(patches.to(kernel.dtype), kernel.flatten(1))
+    hidden = hidden + (table[1:] if index is None else table[1:][index])
+    cls = (tower.embeddings.class_embedding + table[0]).expand(len(patches), 1, -1)
+    hidden = tower.pre_layrnorm(torch.cat([cls, hidden], 1))
+    for layer in list(tower.encoder.layers)[:-1]:
+        hidden = _vision_layer(layer, hidden)
+    return hidden
+
+
+def _vision_layer(layer: nn.Module, hidden: Tensor) -> Tensor:
+    batch, length, width = hidden.shape
+    attention = layer.self_attn
+    normed = layer.layer_norm1(hidden)
+    shape = (batch, length, VISION_HEADS, width // VISION_HEADS)
+    query = (attention.q_proj(normed) * (width // VISION_HEADS) ** -0.5).view(shape).transpose(1, 2)
+    key = attention.k_proj(normed).view(shape).permute(0, 2, 3, 1)
+    value = attention.v_proj(normed).view(shape).transpose(1, 2)
+    mixed = (query @ key).softmax(-1) @ value
+    hidden = hidden + attention.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+    return hidden + layer.mlp.fc2(F.gelu(layer.mlp.fc1(layer.layer_norm2(hidden))))
+
+
+def project(projector: nn.Module, features: Tensor) -> Tensor:
+    """The projector of LLaVA."""
+    return projector.linear_2(F.gelu(projector.linear_1(features)))
+
+
+def _rotation(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    size = WIDTH // LLM_HEADS
+    angles = positions[..., None].float() * 1e6 ** (-torch.arange(0, size, 2).float() / size)
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * rotation[0] + torch.cat([-x[..., half:], x[..., :half]], -1) * rotation[1]
+
+
+def language_states(llm: nn.Module, visual: Tensor, index: Tensor | None, questions: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states of questions that share an image: after the second layer, and after the last norm.
+
+    ``visual`` ``[B, K, D]`` stands once for all ``questions`` ``[B, Q, T]``, which do not see each other; each gets the
+    positions that it would have alone behind 576 visual tokens. Returns two of ``[B, Q, T, D]``.
+    """
+    batch, count, steps = questions.shape
+    dtype = visual.dtype
+    table = llm.embed_tokens.weight
+    opening = table[torch.tensor(OPENING)].expand(batch, -1, -1)
+    first = len(OPENING)
+    if index is None:
+        index = torch.arange(visual.shape[1]).expand(batch, -1)
+    places = torch.cat([torch.arange(first).expand(batch, -1), first + index], 1)
+    behind = (first + TOKENS + torch.arange(steps)).repeat(count).expand(batch, -1)
+    rotation = _rotation(torch.cat([places, behind], 1), dtype)
+    hidden = torch.cat([opening, visual, table[questions.reshape(batch, -1)]], 1)
+    prefix = places.shape[1]
+    causal = torch.full((prefix, prefix), -torch.inf, dtype=dtype).triu(1)
+    middle = hidden
+    for number, layer in enumerate(llm.layers):
+        hidden = _language_layer(layer, hidden, rotation, prefix, (count, steps), causal)
+        if number == 1:
+            middle = hidden
+    shape = (batch, count, steps, WIDTH)
+    return middle[:, prefix:].reshape(shape), llm.norm(hidden[:, prefix:]).reshape(shape)
+
+
+def _norm(module: nn.Module, hidden: Tensor) -> Tensor:
+    return F.rms_norm(hidden, (hidden.shape[-1],), module.weight, module.variance_epsilon)
+
+
+def _language_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    prefix: int,
+    questions: tuple[int, int],
+    causal: Tensor,
+) -> Tensor:
+    batch, length, width = hidden.shape
+    size = width // LLM_HEADS
+    attention = layer.self_attn
+    normed = _norm(layer.input_layernorm, hidden)
+    shape = (batch, length, LLM_HEADS, size)
+    query = _rotate(attention.q_proj(normed).view(shape).transpose(1, 2), rotation) * size**-0.5
+    key = _rotate(attention.k_proj(normed).view(shape).transpose(1, 2), rotation)
+    value = attention.v_proj(normed).view(shape).transpose(1, 2)
+    image_key, image_value = key[:, :, :prefix], value[:, :, :prefix]
+    image = (query[:, :, :prefix] @ image_key.transpose(-1, -2) + causal).softmax(-1) @ image_value
+    own = (batch, LLM_HEADS, *questions, size)
+    asked = query[:, :, prefix:]
+    seen = (asked @ image_key.transpose(-1, -2)).view(batch, LLM_HEADS, *questions, prefix)
+    steps = questions[1]
+    within = asked.reshape(own) @ key[:, :, prefix:].reshape(own).transpose(-1, -2) + causal[:steps, :steps]
+    weights = torch.cat([seen, within], -1).softmax(-1)
+    answer = weights[..., :prefix].reshape(batch, LLM_HEADS, -1, prefix) @ image_value
+    answer = answer + (weights[..., prefix:] @ value[:, :, prefix:].reshape(own)).view(answer.shape)
+    mixed = torch.cat([image, answer], 2).transpose(1, 2).reshape(batch, length, width)
+    hidden = hidden + attention.o_proj(mixed)
+    normed = _norm(layer.post_attention_layernorm, hidden)
+    return hidden + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed))
+
+
+def save_checkpoint(model: LlavaForConditionalGeneration, directory: Path) -> None:
+    """Float16 weights, tokenizer, chat template and image processor, as transformers writes them."""
+    model.to(torch.float16).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    side = scenes.SIDE
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side}).save_pretrained(
+        directory
+    )
