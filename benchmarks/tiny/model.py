@@ -105,7 +105,11 @@ def sines(x: Tensor, y: Tensor, frequencies: int) -> Tensor:
 
 
 def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Fresh weights; positions start as two-dimensional sines, which an encoder this small needs."""
+    """Fresh weights whose attention starts with habits that would take a model this small long to find.
+
+    Vision: positions are two-dimensional sines, and the heads of four layers look at the neighbours of a patch.
+    Language: two heads look at the last words, and those of the second layer at what resembles the query.
+    """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(make_config())
     with torch.no_grad():
@@ -113,19 +117,79 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
             if parameter.ndim == 2 and "embed" not in name:
                 parameter.normal_(0, 0.7 / parameter.shape[1] ** 0.5)
             elif name.endswith("patch_embedding.weight"):
-                parameter.normal_(0, 1.4 / parameter[0].numel() ** 0.5)
+                parameter.normal_(0, 0.5 / parameter[0].numel() ** 0.5)
         rows, columns = torch.meshgrid(*[(torch.arange(scenes.GRID) + 0.5) / scenes.GRID] * 2, indexing="ij")
-        table = 0.5 * sines(columns.reshape(-1), rows.reshape(-1), WIDTH // 4)
+        table = sines(columns.reshape(-1), rows.reshape(-1), WIDTH // 4)
         embeddings = model.model.vision_tower.embeddings
         embeddings.position_embedding.weight[1:] = table
         embeddings.position_embedding.weight[0] = 0
         embeddings.class_embedding.normal_(0, 0.5)
+        for layer, reach in zip(model.model.vision_tower.encoder.layers, (1.0, 2.0, 1.0, 3.0), strict=False):
+            _look_around(layer.self_attn, reach / scenes.GRID)
         words = model.model.language_model.embed_tokens.weight
         words.normal_(0, 0.3)
         for singular, plural in zip(scenes.SHAPES, scenes.PLURALS, strict=True):
             words[IDS[plural]] = words[IDS[singular]] + 0.5 * words[IDS[plural]]
+        # The same for every word, so that attention to a place in the sentence has something to hold on to.
+        words[:, 0] = 1
         model.lm_head.weight.normal_(0, 0.02)
+        first, second = list(model.model.language_model.layers)[:2]
+        _look_back(first.self_attn)
+        first.self_attn.o_proj.weight[0] = 0
+        first.mlp.down_proj.weight[0] = 0
+        _look_alike(second.self_attn)
     return model
+
+
+def _look_around(attention: nn.Module, reach: float) -> None:
+    """Queries that match the keys of places ``reach`` (of the side) to the left, right, above and below, a head each.
+
+    Sines of x + d are a rotation of the sines of x; so the query's weights are the key's, rotated.
+    """
+    size = WIDTH // VISION_HEADS
+    for head, (across, down) in enumerate([(-reach, 0.0), (reach, 0.0), (0.0, -reach), (0.0, reach)]):
+        rows = slice(head * size, (head + 1) * size)
+        # A quarter of the waves for each head, their sines and their cosines.
+        key = 1.6 * torch.eye(WIDTH)[head::VISION_HEADS]
+        shift = sines(torch.tensor(across), torch.tensor(down), WIDTH // 4)
+        sine, cosine = shift[: WIDTH // 2].diag_embed(), shift[WIDTH // 2 :].diag_embed()
+        turn = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])
+        attention.k_proj.weight[rows] = key
+        attention.q_proj.weight[rows] = key @ turn
+
+
+def _look_back(attention: nn.Module) -> None:
+    """Two heads that copy the last word and the last but one, by the fastest waves of the rotary embedding."""
+    size, waves = WIDTH // LLM_HEADS, 6
+    for head in range(2):
+        rows = slice(head * size, (head + 1) * size)
+        angle = (head + 1) * 1e6 ** (-2 * torch.arange(waves) / size)
+        for projection, cosine, sine in (
+            (attention.q_proj, angle.cos(), -angle.sin()),
+            (attention.k_proj, torch.ones(waves), torch.zeros(waves)),
+        ):
+            weight = projection.weight[rows]
+            weight.zero_()
+            weight[:waves, 0], weight[size // 2 : size // 2 + waves, 0] = 1.8 * cosine, 1.8 * sine
+        copied = torch.linalg.qr(torch.randn(WIDTH, size)).Q
+        attention.v_proj.weight[rows] = copied.T
+        attention.o_proj.weight[:, rows] = 2.0 * copied
+
+
+def _look_alike(attention: nn.Module) -> None:
+    """Heads that find what resembles the query, by the slow waves, which do not care for the distance."""
+    size, fast = WIDTH // LLM_HEADS, 10
+    for head in range(LLM_HEADS):
+        for half in range(2):
+            rows = slice(head * size + half * size // 2 + fast, head * size + (half + 1) * size // 2)
+            alike = 1.7 * torch.randn(size // 2 - fast, WIDTH) / WIDTH**0.5
+            attention.q_proj.weight[rows] = alike
+            attention.k_proj.weight[rows] = alike
+        # Words, the query itself among them, are out of question: only visual tokens lack the common component.
+        row = head * size + fast
+        for projection, sign in ((attention.q_proj, 1), (attention.k_proj, -1)):
+            projection.weight[row].zero_()
+            projection.weight[row, 0] = 6.0 * sign
 
 
 def vision_features(tower: nn.Module, patches: Tensor, index: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ A scene is a function of one integer, and so are its questions. Splits are disjo
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -86,6 +87,12 @@ class Scene:
 
     seed: int
     things: list[Thing]
+
+    def name(self, index: int) -> str:
+        """Colour and shape; every other time the shape alone, where no other object has it."""
+        thing = self.things[index]
+        alone = sum(other.shape == thing.shape for other in self.things) == 1
+        return SHAPES[thing.shape] if alone and (self.seed + index) % 2 else thing.name
 
 
 @dataclass(frozen=True)
@@ -371,28 +378,29 @@ def candidates(scene: Scene, kind: str) -> list[Question]:
                 text = f"How many {COLOURS[colour]} objects are there?"
                 found.append(Question(kind, text, COUNTS[colours.count(colour) - 1]))
     elif kind == "relation":
-        for i, one in enumerate(things):
-            for j, other in enumerate(things):
-                for words, (across, down) in RELATIONS.items():
-                    gap = across * (one.x - other.x) + down * (one.y - other.y)
-                    if i != j and abs(gap) >= 48:
-                        text = f"Is the {one.name} {words} the {other.name}?"
-                        mentions = [(4, i), (7 + len(words.split()), j)]
-                        found.append(Question(kind, text, "yes" if gap > 0 else "no", mentions))
+        for i, j in itertools.permutations(range(len(things)), 2):
+            for words, (across, down) in RELATIONS.items():
+                gap = across * (things[i].x - things[j].x) + down * (things[i].y - things[j].y)
+                if abs(gap) >= 48:
+                    parts = f"Is the {scene.name(i)}", f" {words} the {scene.name(j)}"
+                    mentions = [(len(parts[0].split()), i), (len("".join(parts).split()), j)]
+                    found.append(Question(kind, "".join(parts) + "?", "yes" if gap > 0 else "no", mentions))
     elif kind == "reading":
         for index, thing in enumerate(things):
             if thing.text is not None:
                 what = "number" if thing.text.value.isdigit() else "word"
-                text = f"What {what} is beside the {thing.name}?"
-                found.append(Question(kind, text, thing.text.value, [(7, index)]))
+                text = f"What {what} is beside the {scene.name(index)}"
+                found.append(Question(kind, text + "?", thing.text.value, [(len(text.split()), index)]))
     elif kind == "place":
         for index, thing in enumerate(things):
+            text = f"Is the {scene.name(index)}"
+            mentions = [(len(text.split()), index)]
             if abs(thing.x - SIDE // 2) >= 24:
-                text = f"Is the {thing.name} on the left or on the right?"
-                found.append(Question(kind, text, "left" if thing.x < SIDE // 2 else "right", [(4, index)]))
+                answer = "left" if thing.x < SIDE // 2 else "right"
+                found.append(Question(kind, text + " on the left or on the right?", answer, mentions))
             if abs(thing.y - SIDE // 2) >= 24:
-                text = f"Is the {thing.name} at the top or at the bottom?"
-                found.append(Question(kind, text, "top" if thing.y < SIDE // 2 else "bottom", [(4, index)]))
+                answer = "top" if thing.y < SIDE // 2 else "bottom"
+                found.append(Question(kind, text + " at the top or at the bottom?", answer, mentions))
     return found
 
 

@@ -68,7 +68,7 @@ class Heads(nn.Module):
         shown = labels[..., 0] > 0
         wanted = torch.cat([4 * (geometry[..., :2] - places), 8 * geometry[..., 2:]], -1)
         distance = (out[..., -3:] - wanted)[shown]
-        loss = loss + 4 * distance.square().mean()
+        loss = loss + 12 * distance.square().mean()
         right["centre_px"] = -distance[:, :2].abs().mean() * scenes.SIDE / 4
         objects = labels[..., 0] == 1
         pair = (labels[..., 1] * len(scenes.SHAPES) + labels[..., 2]).clamp(min=0)
@@ -91,6 +91,8 @@ class Codebook(nn.Module):
         rows["word"][:-1] = words[[IDS[word] for word in scenes.WORDS]]
         numbers = words[[IDS[word] for word in scenes.NUMBERS]].view(9, 10, WIDTH)
         rows["tens"], rows["units"] = numbers.mean(1) * 2, numbers.mean(0) * 2
+        for table in rows.values():
+            table[:, 0] = 0
         rows["beside_colour"], rows["beside_shape"] = 0.7 * rows["colour"], 0.7 * rows["shape"]
         self.tables = nn.ParameterDict({name: nn.Parameter(table) for name, table in rows.items()})
         self.place = nn.Linear(34, WIDTH, bias=False)
