@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import scenes
@@ -108,7 +109,8 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
     """Fresh weights whose attention starts with habits that would take a model this small long to find.
 
     Vision: positions are two-dimensional sines, and the heads of four layers look at the neighbours of a patch.
-    Language: two heads look at the last words, and those of the second layer at what resembles the query.
+    Language: two heads look at the last words, those of the second layer at what resembles the query, all later ones
+    rather at words.
     """
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(make_config())
@@ -132,12 +134,24 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
             words[IDS[plural]] = words[IDS[singular]] + 0.5 * words[IDS[plural]]
         # The same for every word, so that attention to a place in the sentence has something to hold on to.
         words[:, 0] = 1
-        model.lm_head.weight.normal_(0, 0.02)
-        first, second = list(model.model.language_model.layers)[:2]
-        _look_back(first.self_attn)
-        first.self_attn.o_proj.weight[0] = 0
-        first.mlp.down_proj.weight[0] = 0
-        _look_alike(second.self_attn)
+        # The same for every word that names objects.
+        words[:, 1] = 0
+        words[[IDS[word] for word in [*scenes.SHAPES, *scenes.PLURALS, "objects", "object"]], 1] = 1
+        model.lm_head.weight.copy_(0.08 * words)
+        first, second, third, last = model.model.language_model.layers
+        _look_back(first.self_attn, {0: 1, 1: 2}, 1.8)
+        _look_alike(second.self_attn, range(LLM_HEADS))
+        # "? ASSISTANT :" stands between the last word of a question and the answer.
+        _look_back(third.self_attn, {0: 3}, 7.0)
+        _prefer(third.self_attn, [1, 2], 1, 14.0)
+        _prefer(third.self_attn, [3], 0, 10.0)
+        for layer in (second, third, last):
+            _copy(layer.self_attn, range(LLM_HEADS))
+        _look_alike(last.self_attn, [0, 1])
+        _prefer(last.self_attn, [2], 0, 8.0)
+        for layer in (first, second, third, last):
+            layer.self_attn.o_proj.weight[:2] = 0
+            layer.mlp.down_proj.weight[:2] = 0
     return model
 
 
@@ -158,38 +172,53 @@ def _look_around(attention: nn.Module, reach: float) -> None:
         attention.q_proj.weight[rows] = key @ turn
 
 
-def _look_back(attention: nn.Module) -> None:
-    """Two heads that copy the last word and the last but one, by the fastest waves of the rotary embedding."""
+def _look_back(attention: nn.Module, distances: dict[int, int], strength: float) -> None:
+    """Heads that copy the word at a distance, by the fastest waves of the rotary embedding."""
     size, waves = WIDTH // LLM_HEADS, 6
-    for head in range(2):
+    for head, distance in distances.items():
         rows = slice(head * size, (head + 1) * size)
-        angle = (head + 1) * 1e6 ** (-2 * torch.arange(waves) / size)
+        angle = distance * 1e6 ** (-2 * torch.arange(waves) / size)
         for projection, cosine, sine in (
             (attention.q_proj, angle.cos(), -angle.sin()),
             (attention.k_proj, torch.ones(waves), torch.zeros(waves)),
         ):
             weight = projection.weight[rows]
             weight.zero_()
-            weight[:waves, 0], weight[size // 2 : size // 2 + waves, 0] = 1.8 * cosine, 1.8 * sine
-        copied = torch.linalg.qr(torch.randn(WIDTH, size)).Q
-        attention.v_proj.weight[rows] = copied.T
-        attention.o_proj.weight[:, rows] = 2.0 * copied
+            weight[:waves, 0], weight[size // 2 : size // 2 + waves, 0] = strength * cosine, strength * sine
+    _copy(attention, distances)
 
 
-def _look_alike(attention: nn.Module) -> None:
+def _copy(attention: nn.Module, heads: Iterable[int]) -> None:
+    """Heads that pass on, in place, what they look at: a quarter of the space each."""
+    size = WIDTH // LLM_HEADS
+    space = torch.linalg.qr(torch.randn(WIDTH, WIDTH)).Q
+    for head in heads:
+        rows = slice(head * size, (head + 1) * size)
+        attention.v_proj.weight[rows] = space[rows]
+        attention.o_proj.weight[:, rows] = 1.5 * space[rows].T
+
+
+def _look_alike(attention: nn.Module, heads: Iterable[int]) -> None:
     """Heads that find what resembles the query, by the slow waves, which do not care for the distance."""
     size, fast = WIDTH // LLM_HEADS, 10
-    for head in range(LLM_HEADS):
+    for head in heads:
         for half in range(2):
             rows = slice(head * size + half * size // 2 + fast, head * size + (half + 1) * size // 2)
             alike = 1.7 * torch.randn(size // 2 - fast, WIDTH) / WIDTH**0.5
             attention.q_proj.weight[rows] = alike
             attention.k_proj.weight[rows] = alike
-        # Words, the query itself among them, are out of question: only visual tokens lack the common component.
-        row = head * size + fast
-        for projection, sign in ((attention.q_proj, 1), (attention.k_proj, -1)):
-            projection.weight[row].zero_()
-            projection.weight[row, 0] = 6.0 * sign
+    # The query itself is a word, and nothing is more alike.
+    _prefer(attention, heads, 0, -6.0)
+
+
+def _prefer(attention: nn.Module, heads: Iterable[int], component: int, strength: float) -> None:
+    """One slow wave of each head that seeks (shuns, if ``strength`` is negative) a component of the embeddings."""
+    size = WIDTH // LLM_HEADS
+    rows = torch.tensor([head * size + 10 for head in heads])
+    attention.q_proj.weight[rows] = 0
+    attention.k_proj.weight[rows] = 0
+    attention.q_proj.weight[rows, 0] = abs(strength)
+    attention.k_proj.weight[rows, component] = strength
 
 
 def vision_features(tower: nn.Module, patches: Tensor, index: Tensor | None = None) -> Tensor:
