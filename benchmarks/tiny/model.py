@@ -21,6 +21,7 @@ from transformers import (
 )
 
 WIDTH = 192
+COUNT_ALIKE, COUNT_MIDDLE = 5.5, 6.0
 VISION_HEADS = 4
 LLM_HEADS = 4
 TOKENS = scenes.GRID * scenes.GRID
@@ -137,10 +138,15 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
         # The same for every word that names objects.
         words[:, 1] = 0
         words[[IDS[word] for word in [*scenes.SHAPES, *scenes.PLURALS, "objects", "object"]], 1] = 1
+        # The middle of an object (see Codebook in train.py), and what stands at the start of the prompt.
+        words[:, 2] = 0
+        words[IDS["<s>"]] = 0
+        words[IDS["<s>"], 2] = 3
         model.lm_head.weight.copy_(0.08 * words)
         first, second, third, last = model.model.language_model.layers
         _look_back(first.self_attn, {0: 1, 1: 2}, 1.8)
         _look_alike(second.self_attn, range(LLM_HEADS))
+        _count(second.self_attn, 3, words)
         # "? ASSISTANT :" stands between the last word of a question and the answer.
         _look_back(third.self_attn, {0: 3}, 7.0)
         _prefer(third.self_attn, [1, 2], 1, 14.0)
@@ -150,8 +156,8 @@ def make_model(seed: int = 0) -> LlavaForConditionalGeneration:
         _look_alike(last.self_attn, [0, 1])
         _prefer(last.self_attn, [2], 0, 8.0)
         for layer in (first, second, third, last):
-            layer.self_attn.o_proj.weight[:2] = 0
-            layer.mlp.down_proj.weight[:2] = 0
+            layer.self_attn.o_proj.weight[:3] = 0
+            layer.mlp.down_proj.weight[:3] = 0
     return model
 
 
@@ -209,6 +215,26 @@ def _look_alike(attention: nn.Module, heads: Iterable[int]) -> None:
             attention.k_proj.weight[rows] = alike
     # The query itself is a word, and nothing is more alike.
     _prefer(attention, heads, 0, -6.0)
+
+
+def _count(attention: nn.Module, head: int, words: Tensor) -> None:
+    """A head whose attention goes to the middles of objects of the colour or shape asked for, and to "<s>".
+
+    The share of "<s>" tells how many there are.
+    """
+    size = WIDTH // LLM_HEADS
+    rows = slice(head * size, (head + 1) * size)
+    attributes = words[[IDS[word] for word in [*scenes.COLOURS, *scenes.SHAPES]]].clone()
+    attributes[:, :3] = 0
+    dual = torch.linalg.pinv(attributes).T
+    for projection in (attention.q_proj, attention.k_proj):
+        projection.weight[rows] = 0
+        slow = projection.weight[rows].view(2, size // 2, WIDTH)[:, 17:]
+        slow.copy_(COUNT_ALIKE * dual.view(2, 7, WIDTH))
+    attention.q_proj.weight[rows][16, 0] = COUNT_MIDDLE
+    attention.k_proj.weight[rows][16, 2] = COUNT_MIDDLE
+    attention.q_proj.weight[rows][15, 0] = 6.0
+    attention.k_proj.weight[rows][15, 0] = -6.0
 
 
 def _prefer(attention: nn.Module, heads: Iterable[int], component: int, strength: float) -> None:

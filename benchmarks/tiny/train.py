@@ -10,7 +10,7 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,8 @@ class Codebook(nn.Module):
         numbers = words[[IDS[word] for word in scenes.NUMBERS]].view(9, 10, WIDTH)
         rows["tens"], rows["units"] = numbers.mean(1) * 2, numbers.mean(0) * 2
         for table in rows.values():
-            table[:, :2] = 0
+            table[:, :3] = 0
+        rows["centre"][1, 2] = 2.0
         rows["beside_colour"], rows["beside_shape"] = 0.7 * rows["colour"], 0.7 * rows["shape"]
         self.tables = nn.ParameterDict({name: nn.Parameter(table) for name, table in rows.items()})
         self.place = nn.Linear(34, WIDTH, bias=False)
@@ -311,7 +312,7 @@ def _windows(run: Run, count: int, side: int) -> tuple[Tensor, Tensor, Tensor, T
     return pixels_from_patches(np.stack(pixels)), labels, torch.from_numpy(np.stack(geometry)), _stack(index)
 
 
-def _stack(arrays: list[np.ndarray]) -> Tensor:
+def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(arrays))
 
 
@@ -367,13 +368,19 @@ def train_language(run: Run) -> None:
 
 
 def _language_step(
-    run: Run, means: Means, visual: Tensor, index: Tensor | None, batch: list[scenes.Scene], probe: float
+    run: Run,
+    means: Means,
+    visual: Tensor,
+    index: Tensor | None,
+    batch: list[scenes.Scene],
+    probe: float,
+    further: Tensor | float = 0.0,
 ) -> None:
     questions = question_batch(batch, run.rng, _KIND_WEIGHTS)
     middle, final = language_states(run.model.model.language_model, visual, index, questions["tokens"])
     loss, right = answer_loss(run.model, final, questions)
     where = run.parts["probe"](middle, questions)
-    (loss + probe * where).backward()
+    (loss + probe * where + further).backward()
     means.add("loss", loss.item())
     means.add("where", where.item())
     means.add_kinds(right, questions["kind"])
@@ -407,20 +414,24 @@ def train_align(run: Run) -> None:
 
 
 def train_joint(run: Run) -> None:
-    """Everything, on whole pictures, from answers (and the probe, a little)."""
+    """Everything, on whole pictures, from answers; the heads of the vision stage and the probe help a little."""
     means = Means()
     run.pictures.refresh()
     evaluated = run.elapsed
+    grid = _places(torch.arange(TOKENS))
     for _ in run.loop():
-        run.pictures.refresh()
-        chosen = [int(seed) for seed in run.rng.integers(len(run.pictures), size=run.args.batch)]
+        chosen = run.rng.integers(len(run.pictures), size=run.args.batch).tolist()
         pixels = pixels_from_patches(np.stack([run.pictures.patches(seed) for seed in chosen]))
         features = vision_features(run.model.model.vision_tower, pixels)
+        labels, geometry = zip(*[run.pictures.labels_of(seed) for seed in chosen], strict=True)
+        heads, _ = run.parts["heads"](features, _stack(labels).long(), _stack(geometry), grid)
+        means.add("heads", heads.item())
         visual = project(run.model.model.multi_modal_projector, features[:, 1:])
-        _language_step(run, means, visual, None, [scenes.make_scene(seed) for seed in chosen], 1.0)
+        shown = [scenes.make_scene(seed) for seed in chosen]
+        _language_step(run, means, visual, None, shown, 1.0, 0.15 * heads)
         if run.step % 50 == 49:
             run.log(**means.take())
-        if run.elapsed - evaluated > 300:
+        if run.elapsed - evaluated > 240:
             run.log(**evaluate(run))
             evaluated = run.elapsed
     run.log(**evaluate(run))
@@ -474,7 +485,7 @@ def main() -> None:
         "vision": ("model.model.vision_tower", "heads"),
         "language": ("model.model.language_model", "model.lm_head", "codebook", "probe"),
         "align": ("model.model.vision_tower", "model.model.multi_modal_projector", "heads"),
-        "joint": ("model.", "probe"),
+        "joint": ("model.", "probe", "heads"),
     }[args.stage]
     run = Run(args, {"muon_lr": args.muon_lr, "adam_lr": args.adam_lr}, trained)
     stages = {"vision": train_vision, "language": train_language, "align": train_align, "joint": train_joint}
