@@ -67,6 +67,12 @@ class Optimiser:
             parameter.copy_(self.masters[name])
             parameter.grad = None
 
+    @torch.no_grad()
+    def rescale(self, name: str, factor: float) -> None:
+        """Multiply a parameter."""
+        self.masters[name].mul_(factor)
+        self.parameters[name].copy_(self.masters[name])
+
     def state(self) -> dict[str, Any]:
         """For ``load``."""
         return {"masters": self.masters, "first": self.first, "second": self.second, "steps": self.steps}

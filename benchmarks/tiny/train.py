@@ -391,21 +391,33 @@ _KIND_WEIGHTS = np.array([0.10, 0.13, 0.14, 0.18, 0.20, 0.17, 0.08])
 
 
 def train_align(run: Run) -> None:
-    """Encoder and projector regressed onto the symbols that the language model has learned from."""
+    """Encoder and projector regressed onto the symbols that the language model has learned from.
+
+    The projector alone for the first third: its first gradients would undo what the encoder has learned.
+    """
     means = Means()
     spread = None
-    for _ in run.loop():
+    again = any(source.startswith("align") for source in run.args.start)
+    for done in run.loop():
         run.pictures.refresh()
         pixels, labels, geometry, index = _windows(run, run.args.batch, WINDOW)
         features = vision_features(run.model.model.vision_tower, pixels, index)
         heads, _ = run.parts["heads"](features, labels, geometry, _places(index))
-        visual = project(run.model.model.multi_modal_projector, features[:, 1:]).float()
         with torch.no_grad():
             wanted = run.parts["codebook"](labels, geometry, _places(index))
-            spread = wanted.var() if spread is None else spread
+            if spread is None:
+                spread = wanted.var()
+            if run.step == 0 and not again:
+                size = features.float().square().mean().sqrt()
+                run.optimiser.rescale("model.model.multi_modal_projector.linear_1.weight", 1 / size.item())
+                run.log(feature_size=size.item())
+        seen = features[:, 1:]
+        visual = project(
+            run.model.model.multi_modal_projector, seen.detach() if done < 1 / 3 and not again else seen
+        ).float()
         weight = 1 + 2.0 * (labels[..., :1] > 0)
         loss = (weight * (visual - wanted).square()).mean() / spread / weight.mean()
-        (4 * loss + 0.3 * heads).backward()
+        (2 * loss + 0.5 * heads).backward()
         means.add("loss", loss.item())
         means.add("heads", heads.item())
         if run.step % 50 == 49:
