@@ -103,13 +103,13 @@ def question_batch(
 
     ``tokens`` ``[B, Q, T]``; ``last`` ``[B, Q]``, the position that predicts the answer; ``answer`` ``[B, Q]``;
     ``kind`` ``[B, Q]``; ``mentions`` ``[M, 3]`` (scene, question, position of the name's last token) with ``where``
-    ``[M, 2]``, the centre of the object named, over 336.
+    ``[M, 2]``, the centre of the object named, over 336; ``totals`` and ``numbers`` likewise for counting, from 0.
     """
     tokens = np.full((len(batch), count, ANSWER_STEPS), IDS["<pad>"], np.int64)
     last = np.zeros((len(batch), count), np.int64)
     answer = np.zeros_like(last)
     kinds = np.zeros_like(last)
-    mentions, where = [], []
+    mentions, where, totals, numbers = [], [], [], []
     for row, scene in enumerate(batch):
         filled = 0
         while filled < count:
@@ -123,6 +123,9 @@ def question_batch(
             for words, thing in question.mentions:
                 mentions.append((row, filled, words - 1))
                 where.append((scene.things[thing].x / scenes.SIDE, scene.things[thing].y / scenes.SIDE))
+            if question.total is not None:
+                totals.append((row, filled, question.total[0] - 1))
+                numbers.append(question.total[1] - 1)
             filled += 1
     return {
         "tokens": torch.from_numpy(tokens),
@@ -130,6 +133,8 @@ def question_batch(
         "answer": torch.from_numpy(answer),
         "kind": torch.from_numpy(kinds),
         "mentions": torch.tensor(mentions, dtype=torch.int64).reshape(-1, 3),
+        "totals": torch.tensor(totals, dtype=torch.int64).reshape(-1, 3),
+        "numbers": torch.tensor(numbers, dtype=torch.int64),
         "where": torch.tensor(where, dtype=torch.float32).reshape(-1, 2),
     }
 

@@ -78,12 +78,14 @@ class Optimiser:
         return {"masters": self.masters, "first": self.first, "second": self.second, "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from ``state``; the parameters too."""
-        for mine, saved in [(self.masters, state["masters"]), (self.first, state["first"])]:
-            for name in mine:
+        """Continue from ``state``; the parameters too. What it does not have starts anew."""
+        for mine, saved in (
+            (self.masters, state["masters"]),
+            (self.first, state["first"]),
+            (self.second, state["second"]),
+        ):
+            for name in mine.keys() & saved.keys():
                 mine[name].copy_(saved[name])
-        for name, second in self.second.items():
-            second.copy_(state["second"][name])
         self.steps = state["steps"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():

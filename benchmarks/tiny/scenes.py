@@ -97,12 +97,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """``mentions``: (number of words up to and including the name's last word, index of the thing named)."""
+    """``mentions``: (number of words up to and including the name's last word, index of the thing named).
+
+    ``total``: the same number of words and how many there are, for counting.
+    """
 
     kind: str
     text: str
     answer: str
     mentions: list[tuple[int, int]] = field(default_factory=list)
+    total: tuple[int, int] | None = None
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------
@@ -372,11 +376,13 @@ def candidates(scene: Scene, kind: str) -> list[Question]:
         for shape in set(shapes):
             if shapes.count(shape) <= len(COUNTS):
                 text = f"How many {PLURALS[shape]} are there?"
-                found.append(Question(kind, text, COUNTS[shapes.count(shape) - 1]))
+                count = shapes.count(shape)
+                found.append(Question(kind, text, COUNTS[count - 1], total=(3, count)))
         for colour in set(colours):
             if colours.count(colour) <= len(COUNTS):
                 text = f"How many {COLOURS[colour]} objects are there?"
-                found.append(Question(kind, text, COUNTS[colours.count(colour) - 1]))
+                count = colours.count(colour)
+                found.append(Question(kind, text, COUNTS[count - 1], total=(4, count)))
     elif kind == "relation":
         for i, j in itertools.permutations(range(len(things)), 2):
             for words, (across, down) in RELATIONS.items():

@@ -134,16 +134,20 @@ def pixels_from_patches(patches: np.ndarray | Tensor) -> Tensor:
 
 
 class Probe(nn.Module):
-    """Thrown away after training: where the object is that a question has just named."""
+    """Thrown away after training: where the object is that a question has just named, and how many there are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.where = nn.Linear(WIDTH, 2)
+        self.count = nn.Linear(WIDTH, len(scenes.COUNTS))
 
-    def forward(self, middle: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Squared error of the centre, over 336."""
+    def forward(self, middle: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Squared error of the centre, over 336, and cross entropy of the number."""
         scene, question, step = batch["mentions"].T
-        return F.mse_loss(self.where(F.rms_norm(middle[scene, question, step], (WIDTH,))).float(), batch["where"])
+        where = self.where(F.rms_norm(middle[scene, question, step], (WIDTH,))).float()
+        scene, question, step = batch["totals"].T
+        count = self.count(F.rms_norm(middle[scene, question, step], (WIDTH,))).float()
+        return F.mse_loss(where, batch["where"]), F.cross_entropy(count, batch["numbers"])
 
 
 def answer_loss(model: nn.Module, final: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,7 +218,7 @@ class Run:
         }.get(source, ("",))
         mine = self.parts.state_dict()
         for name, value in weights.items():
-            if name.startswith(prefixes):
+            if name.startswith(prefixes) and name in mine:
                 mine[name].copy_(value)
         self.float_weights = {n: v.float().clone() for n, v in mine.items()}
 
@@ -362,7 +366,7 @@ def train_language(run: Run) -> None:
         labels, geometry, index = _symbols(run, batch, 96)
         visual = run.parts["codebook"](labels, geometry + 0.006 * torch.randn_like(geometry), _places(index))
         visual = (visual + 0.15 * torch.randn_like(visual)).bfloat16()
-        _language_step(run, means, visual, index, batch, 10.0 if run.step < 300 else 2.0)
+        _language_step(run, means, visual, index, batch, 10.0 if run.step < 300 else 4.0)
         if run.step % 100 == 99:
             run.log(**means.take())
 
@@ -379,8 +383,9 @@ def _language_step(
     questions = question_batch(batch, run.rng, _KIND_WEIGHTS)
     middle, final = language_states(run.model.model.language_model, visual, index, questions["tokens"])
     loss, right = answer_loss(run.model, final, questions)
-    where = run.parts["probe"](middle, questions)
-    (loss + probe * where + further).backward()
+    where, count = run.parts["probe"](middle, questions)
+    (loss + probe * (where + 0.2 * count) + further).backward()
+    means.add("count", count.item())
     means.add("loss", loss.item())
     means.add("where", where.item())
     means.add_kinds(right, questions["kind"])
