@@ -93,11 +93,11 @@ def check_settings(settings: ReportSettings) -> Results | None:
     for name, value, least, most in (
         ("--rounds", settings.rounds, 1, 1 << 30),
         ("--warm-up", settings.warm_up, 0, 1 << 30),
-        ("--max-tokens", settings.max_tokens, 1, 1 << 30),
+        ("--max-tokens", settings.max_tokens, 1, _most_tokens(bundle)),
         ("--threads", settings.threads, 1, os.cpu_count() or 1),
     ):
         if not least <= value <= most:
-            expected = f"at least {least}" if most == 1 << 30 else f"{least} to {most}, the cores here"
+            expected = f"at least {least}" if most == 1 << 30 else f"{least} to {most}"
             raise ConfigError(f"{name} is out of range", received=value, expected=expected)
     accuracy = None if settings.evaluation is None else _read_evaluation(settings.evaluation, bundle)
     known = [f"{precision}.{figure}" for precision in bundle.manifest.graphs for figure in FIGURES]
@@ -198,6 +198,12 @@ def measure(settings: ReportSettings, progress: Progress | None = None) -> Measu
     )
     shown = next((found for label, found in runs.items() if label != PYTORCH), runs[PYTORCH])
     return Measured(report, {key: (run.indices, run.scores) for key, run in shown.items()})
+
+
+def _most_tokens(bundle: Bundle) -> int:
+    """Return the longest answer that has room beside all visual tokens of one image."""
+    decoder = bundle.manifest.decoder
+    return 1 << 30 if decoder is None else decoder.max_positions - bundle.manifest.dims.num_patches - 1
 
 
 def _budgets(settings: ReportSettings, bundle: Bundle) -> list[int]:

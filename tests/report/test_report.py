@@ -95,6 +95,7 @@ def test_a_missed_requirement_fails_and_the_report_is_there(
         (["--require", "fp16.iou"], "not a requirement"),
         (["--require", "int9.iou=1"], "nothing of this name is measured"),
         (["--rounds", "0"], "--rounds"),
+        (["--max-tokens", "100000"], "--max-tokens"),
         (["--threads", "0"], "--threads"),
         (["--threads", "1000"], "--threads"),
         (["--images", "nowhere"], "no such image folder"),
