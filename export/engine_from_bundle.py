@@ -21,7 +21,7 @@ from flashvlm_export.engines import (
     sidecar_of,
     write_entry,
 )
-from flashvlm_export.errors import DependencyError, StorageError, TargetError
+from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
 from flashvlm_export.gpu import Gpu, gpu_at_hand
@@ -35,6 +35,8 @@ from flashvlm_export.tensorrt_api import Backend
 # the full-size fp16 graph (2.0 GB for 0.62 GB of weights, 0.4 GB for a tiny one).
 _MEMORY_PER_WEIGHT_BYTE = 3.0
 _MEMORY_AT_REST_BYTES = 1 << 29
+# More than any GPU has.
+_MOST_WORKSPACE_BYTES = 1 << 42
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
         TargetError: the engine cannot be built on this machine; where it can on another, the message has the command.
     """
     progress = progress or Progress()
+    workspace = settings.build.workspace_bytes
+    if workspace is not None and not 0 < workspace < _MOST_WORKSPACE_BYTES:
+        raise ConfigError(
+            "the workspace is out of range",
+            received=f"{workspace / 1e6:.0f} MB",
+            expected=f"1 to {_MOST_WORKSPACE_BYTES / 1e6:.0f} MB",
+            hint="leave --workspace-mb out to allow all of the GPU's memory",
+        )
     bundle = Bundle.open(settings.bundle)
     gpu = gpu_at_hand()
     target = resolve_target(settings.target, gpu)

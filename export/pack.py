@@ -157,7 +157,10 @@ def pack(settings: PackSettings, progress: Progress | None = None) -> Archive:
     if not engines:
         commands.append("./build.sh")
     visual_only = "" if manifest.decoder is not None else " --visual-only"
-    commands.append(f'.venv/bin/flashvlm run bundle --engine{visual_only} --image PHOTO --prompt "What is this?"')
+    which = f" {target.name} --precision {engines[0].entry.precision}" if len(engines) > 1 else ""
+    commands.append(
+        f'.venv/bin/flashvlm run bundle --engine{which}{visual_only} --image PHOTO --prompt "What is this?"'
+    )
     return Archive(output, size_bytes, digest, commands)
 
 

@@ -114,7 +114,8 @@ def find_engine(bundle: Bundle, precision: Precision | None = None, target: str 
         received=", ".join(f"{e.entry.target} {e.entry.precision} ({e.entry.backend})" for e in fitting or engines)
         or f"{bundle.path} without engines",
         expected=f"one engine{f' in {precision.value}' if precision else ''}{f' for {target}' if target else ''}",
-        hint="name its target and precision"
+        hint=f"name target and precision, such as --engine {fitting[0].entry.target} "
+        f"--precision {fitting[0].entry.precision}"
         if fitting
         else build_command(bundle, precision.value if precision else "fp16", target),
     )

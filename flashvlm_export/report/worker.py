@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from tqdm import tqdm
 
 from flashvlm_export.errors import FlashVLMError, WorkerError
 
@@ -98,7 +101,9 @@ class Worker:
 
 
 def _serve(pipe: Connection, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
-    # A quiet end, also in the middle of work, when whoever asked is gone or told to go.
+    # A quiet end, also in the middle of work, when whoever asked is gone or told to go. Bars of libraries would take a
+    # semaphore of the system for a lock, which outlives a process that is killed.
+    tqdm.set_lock(threading.RLock())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     with contextlib.suppress(EOFError, OSError):

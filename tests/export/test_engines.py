@@ -138,6 +138,11 @@ class TestRefused:
         with pytest.raises(ConfigError, match="no compatibility modes"):
             engine_from_bundle(EngineSettings(copy.path, target="rtx-30", build=build))
 
+    @pytest.mark.parametrize("workspace", [-1, 0, 10**20])
+    def test_a_workspace_out_of_range(self, bundle: Bundle, workspace: int) -> None:
+        with pytest.raises(ConfigError, match="workspace is out of range"):
+            engine_from_bundle(EngineSettings(bundle.path, build=BuildSettings(workspace_bytes=workspace)))
+
     def test_a_timing_cache_that_the_backend_has_not(self, copy: Bundle, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no timing cache"):
             engine_from_bundle(EngineSettings(copy.path, target="rtx-30", timing_cache=tmp_path / "cache"))
@@ -245,8 +250,9 @@ class TestCheckEngine:
         second = first.with_name("a100.fp16.engine")
         shutil.copy(first, second)
         sidecar_of(second).write_text(sidecar_of(first).read_text().replace("rtx-40", "a100"))
-        with pytest.raises(BundleError, match="several engines fit"):
+        with pytest.raises(BundleError, match="several engines fit") as caught:
             find_engine(copy, Precision.FP16)
+        assert "--engine a100 --precision fp16" in str(caught.value.hint)
         assert find_engine(copy, Precision.FP16, "a100").file == second
 
 
