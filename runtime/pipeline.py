@@ -202,7 +202,7 @@ class Pipeline:
         if not requests:
             raise UsageError("no requests", expected="at least one image and question")
         count = check_budget(self.default_budget if budget is None else budget, self.visual_tokens)
-        clock = _Clock()
+        clock = Clock()
         prompts = [self._tokenize(request) for request in requests]
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
         guides = [
@@ -320,14 +320,17 @@ class Pipeline:
         self.close()
 
 
-class _Clock:
+class Clock:
+    """Milliseconds of each stage, in ``laps_ms``."""
+
     def __init__(self) -> None:
         self.laps_ms: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
+        """Add the time since the last lap to ``stage``."""
         now = time.perf_counter()
-        self.laps_ms[stage] = (now - self._last) * 1e3
+        self.laps_ms[stage] = self.laps_ms.get(stage, 0.0) + (now - self._last) * 1e3
         self._last = now
 
 

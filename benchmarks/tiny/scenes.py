@@ -114,7 +114,7 @@ class Question:
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)  # type: ignore[return-value]
+    return ImageFont.load_default(size)
 
 
 @functools.cache

@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how an activation's range is chosen: its extremes, least divergence, or clipping the rarest values",
     )
     parser.add_argument(
-        "--percentile", metavar="P", type=float, default=99.999, help="percent of magnitudes that is not clipped"
+        "--percentile",
+        metavar="P",
+        type=float,
+        help="percent of magnitudes that --method percentile does not clip (default: 99.999)",
     )
     parser.add_argument("--max-images", metavar="N", type=int, default=128, help="of more images, N spread evenly")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read, and count them")
@@ -88,12 +91,18 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} is out of range", received=getattr(args, name), expected="1 or more"
             )
+    if args.percentile is not None and args.method != "percentile":
+        raise UsageError(
+            "--percentile belongs to another method",
+            received=f"--percentile {args.percentile:g} --method {args.method}",
+            expected="--method percentile with it",
+        )
     bundle = Bundle.open(args.bundle)
     require_calibratable(bundle, overwrite=args.overwrite)
     budget = default_budget(bundle) if args.budget is None else args.budget
     settings = CalibrationSettings(
         method=args.method,
-        percentile=args.percentile,
+        percentile=CalibrationSettings.percentile if args.percentile is None else args.percentile,
         tolerance=default_tolerance(bundle, budget) if args.tolerance == "auto" else _tolerance(args.tolerance),
         budget=budget,
         most_layers=args.max_layers,

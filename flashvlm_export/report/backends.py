@@ -5,7 +5,6 @@ A backend answers the pair ``index`` of image and question with ``budget`` visua
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -149,6 +148,7 @@ def make_pytorch(
     from flashvlm_export.runtime.embeddings import splice
     from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
     from flashvlm_export.runtime.images import load_image
+    from flashvlm_export.runtime.pipeline import Clock
     from flashvlm_export.selection import get_selector
 
     torch.set_num_threads(threads)
@@ -165,48 +165,36 @@ def make_pytorch(
 
     def run(index: int, budget: int) -> Run:
         image, question = pairs[index]
-        laps = _Laps()
+        clock = Clock()
         prompt = prompts.chat(question)
         rows = inputs.embeddings.lookup(prompt.text_ids("prompt"), np.float32)
-        laps.end("tokenize")
+        clock.lap("tokenize")
         pixels = load_image(image)
-        laps.end("load_images")
+        clock.lap("load_images")
         feeds = visual_feeds(inputs.preprocess([pixels]), [rows], budget)
-        laps.end("preprocess")
+        clock.lap("preprocess")
         features, saliency, tokens = reference.encode(feeds["pixel_values"])
-        laps.end("vision")
+        clock.lap("vision")
         given = (features, saliency, tokens, feeds["text_embeds"], feeds["text_mask"], feeds["budget"])
         marked, scores = select(*map(torch.from_numpy, given))
         indices = np.flatnonzero(marked[0].numpy())
-        laps.end("selection")
+        clock.lap("selection")
         kept = tokens[0][indices]
         spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [kept])
-        laps.end("splice")
-        visual = Run(Timing(laps.ms), kept, features[0], indices, scores[0].numpy())
+        clock.lap("splice")
+        visual = Run(Timing(clock.laps_ms), kept, features[0], indices, scores[0].numpy())
         if manifest.decoder is None:
             return visual
         ids: list[int] = []
         for token in reference.stream(spliced, max_tokens):
-            laps.end("decode" if ids else "prefill")
+            clock.lap("decode" if ids else "prefill")
             ids.append(token)
             if token in ends:
                 break
         decoded = len(ids) - 1
         if ids[-1] in ends:
             ids.pop()
-        timing = Timing(laps.ms, len(spliced), decoded)
+        timing = Timing(clock.laps_ms, len(spliced), decoded)
         return replace(visual, timing=timing, token_ids=ids, text=prompts.tokenizer.decode(ids))
 
     return run
-
-
-class _Laps:
-    def __init__(self) -> None:
-        self.ms: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def end(self, stage: str) -> None:
-        """Add the time since the last lap to ``stage``."""
-        now = time.perf_counter()
-        self.ms[stage] = self.ms.get(stage, 0.0) + (now - self._last) * 1e3
-        self._last = now

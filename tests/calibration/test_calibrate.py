@@ -336,6 +336,7 @@ def test_prompts_are_used(bundle: Path, photos: Path, calibrated: Calibrated, tm
         (["--images", "{photos}", "--tolerance", "speed=2"], 2, "not a tolerance"),
         (["--images", "{photos}", "--tolerance", "iou=0.9,iou=0.8"], 2, "not a tolerance"),
         (["--images", "{photos}", "--percentile", "5", "--method", "percentile"], 2, "percentile is out of range"),
+        (["--images", "{photos}", "--percentile", "99"], 2, "--percentile belongs to another method"),
         (["--images", "{photos}", "--budget", "17"], 2, "budget is out of range"),
         (["--images", "{photos}", "--max-images", "0"], 2, "--max-images is out of range"),
         (["--images", "{photos}", "--sensitivity-images", "-1"], 2, "--sensitivity-images is out of range"),
