@@ -54,7 +54,8 @@ device-lane: build/lane/bundle/manifest.json
 
 build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
-	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required
+	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required \
+	  --split divprune,cdpruner
 
 # In an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other.
 test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fails without one

@@ -27,6 +27,7 @@ from flashvlm_export.export.engine_check import check_engine_builds
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
+from flashvlm_export.export.split import write_split_graphs
 from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, bundle_lock, require_free_space, storage_errors
@@ -38,6 +39,7 @@ from flashvlm_export.manifest import (
     Manifest,
     Selection,
     Source,
+    SplitGraphs,
 )
 from flashvlm_export.models import adapter_class, find_model
 from flashvlm_export.models.adapter import Adapter
@@ -78,6 +80,8 @@ class ExportSettings:
         precisions: visual graphs to write.
         selector: registry name of the selector.
         selection: settings of the selector that differ from its defaults.
+        split: also write encoder and selectors as graphs of their own.
+        further_selectors: names of selectors to write besides ``selector``, with their defaults; needs ``split``.
         decoder: LLM decoder to export; ``auto`` is fp32 below a billion parameters and int4 above, none for random
             weights.
         engine_check: compile each graph with TensorRT-RTX: where installed, never, or fail without it.
@@ -91,6 +95,8 @@ class ExportSettings:
     precisions: Sequence[Precision] = (Precision.FP32, Precision.FP16)
     selector: str = "flashvlm"
     selection: Mapping[str, Any] = field(default_factory=dict)
+    split: bool = False
+    further_selectors: Sequence[str] = ()
     decoder: DecoderChoice = "auto"
     engine_check: EngineCheck = "auto"
     overwrite: bool = False
@@ -126,11 +132,13 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             progress.step("tokenizer, chat template, image processor")
             prompt = write_prompt_files(weights.directory, staging, adapter, progress)
         write_preprocessor(staging / PREPROCESSOR, adapter, weights)
-        graphs, checks = {}, {}
+        graphs, halves, checks = {}, {}, {}
         for precision in settings.precisions:
-            graphs[precision.value], checks[precision.value] = _write_graph(
-                staging, adapter, weights, selector, config, precision, settings.engine_check, progress
+            graphs[precision.value], half, checks[precision.value] = _write_graphs(
+                staging, adapter, weights, selector, config, precision, settings, progress
             )
+            if half is not None:
+                halves[precision.value] = half
         weights_sha256 = weights.fingerprint()  # before the decoder, so that it is the same without one
         entry = _write_decoder(staging, adapter, weights, decoder, progress) if decoder != "none" else None
         progress.step("hashes and manifest")
@@ -155,6 +163,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             files=files,
             tools={"flashvlm-export": __version__, **_tool_versions()},
             checks=checks,
+            split=halves,
         )
         write_manifest(staging, manifest)
         Bundle.open(staging)
@@ -171,6 +180,14 @@ def _check_settings(settings: ExportSettings) -> None:
             received="int8",
             expected="fp32, fp16",
             hint="export fp16, then: flashvlm calibrate BUNDLE",
+        )
+    for name in settings.further_selectors:
+        get_selector(name)
+    if settings.further_selectors and not settings.split:
+        raise ConfigError(
+            "further selectors are graphs of their own",
+            received=", ".join(settings.further_selectors),
+            expected="split",
         )
     if settings.engine_check == "required" and not is_installed("tensorrt-rtx"):
         raise DependencyError(
@@ -241,6 +258,9 @@ def _print_settings(
     )
     progress.note(f"precisions   {', '.join(precision.value for precision in settings.precisions)}")
     progress.note(f"selector     {settings.selector} {asdict(config)}")
+    if settings.split:
+        names = dict.fromkeys((settings.selector, *settings.further_selectors))
+        progress.note(f"split        encoder, and the selectors {', '.join(names)}")
     progress.note(f"decoder      {decoder}")
     progress.note(
         f"engine check {settings.engine_check} (TensorRT-RTX {'' if is_installed('tensorrt-rtx') else 'not '}installed)"
@@ -266,45 +286,50 @@ def _size_bytes(settings: ExportSettings, adapter: Adapter, decoder: DecoderChoi
     return graphs + adapter.vocab_size * adapter.dims.llm_width * 4 + llm_bytes + (32 << 20)
 
 
-def _write_graph(
+def _write_graphs(
     staging: Path,
     adapter: Adapter,
     weights: WeightSource,
     selector: Selector,
     config: Any,
     precision: Precision,
-    engine_check: EngineCheck,
+    settings: ExportSettings,
     progress: Progress,
-) -> tuple[GraphEntry, dict[str, Any]]:
-    progress.step(f"visual graph {precision.value}: weights")
-    module = build_visual_graph(adapter, weights, selector, config, precision, progress)
+) -> tuple[GraphEntry, SplitGraphs | None, dict[str, Any]]:
+    def step(text: str) -> None:
+        progress.step(f"visual graph {precision.value}: {text}")
+
+    step("weights")
+    module = build_visual_graph(adapter, weights, selector, config, precision, progress, needs_saliency=settings.split)
     dims = adapter.dims
     inputs = adapter.inputs(precision, batch=2, text=9, budget=max(1, dims.num_patches // 3))
-    progress.step(f"visual graph {precision.value}: torch → ONNX")
+    step("torch → ONNX")
     graph = onnx_from_visual_graph(module, inputs, staging / f"visual.{precision.value}.onnx")
-    report = check_graph(
-        graph,
-        adapter,
-        module.float(),
-        config,
-        precision,
-        lambda text: progress.step(f"visual graph {precision.value}: {text}"),
-    )
+    report = check_graph(graph, adapter, module.float(), config, precision, step)
     del module
-    graph.probe.unlink()
     progress.note(
         f"encoder error {report.encoder_error:.1e}; kept tokens exact for {report.exact_rows} of "
         f"{report.exact_rows + report.tied_rows} images, {report.tied_rows} decided by a tie"
     )
     checks: dict[str, Any] = {"parity": asdict(report)}
-    if engine_check == "off" or not is_installed("tensorrt-rtx"):
+    compile_engines = settings.engine_check != "off" and is_installed("tensorrt-rtx")
+    if compile_engines:
+        step("compile with TensorRT-RTX")
+        checks["tensorrt_rtx"] = check_engine_builds(graph.file, inputs.spec)
+    else:
         progress.note(
             f"not compiled with TensorRT-RTX ({'switched off' if is_installed('tensorrt-rtx') else 'not installed'})"
         )
-    else:
-        progress.step(f"visual graph {precision.value}: compile with TensorRT-RTX")
-        checks["tensorrt_rtx"] = check_engine_builds(graph.file, inputs.spec)
-    return GraphEntry(graph.file.name, inputs.spec), checks
+    halves = None
+    if settings.split:
+        configs = {selector.name: config}
+        configs |= {name: get_selector(name).make_config({}) for name in settings.further_selectors}
+        halves, measured = write_split_graphs(
+            graph, adapter, configs, precision, compile_engines=compile_engines, progress=step
+        )
+        checks |= measured
+    graph.probe.unlink()
+    return GraphEntry(graph.file.name, inputs.spec), halves, checks
 
 
 def _require_decoder(adapter: Adapter) -> None:

@@ -6,6 +6,8 @@
 4. The shipped file gives what the probed one gives, in float16 up to rounding; its tokens are the rows that its indices
    name.
 5. Where TensorRT-RTX is installed: the file parses and compiles.
+6. Of the two halves, where they are exported: the encoder gives what the probe gives, and each selector keeps exactly
+   what its oracle keeps; in float32 both together give the fused graph's very bits.
 
 Separating 2 from 3 makes both sharp: rounding in the encoder may move a close decision, the selection stage may not.
 """
@@ -13,8 +15,9 @@ Separating 2 from 3 makes both sharp: rounding in the encoder may move a close d
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,12 @@ import onnx
 import torch
 
 from flashvlm_export.errors import ExportError
-from flashvlm_export.export.onnx_graph import PROBE_OUTPUTS, ExportedGraph
+from flashvlm_export.export.onnx_graph import ExportedGraph
 from flashvlm_export.export.ort_outputs import ort_outputs
 from flashvlm_export.export.visual_graph import VisualGraph
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.selection import select_tokens
-from flashvlm_export.specs import VISUAL_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
+from flashvlm_export.specs import ENCODER_OUTPUTS, VISUAL_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
 
 # Largest error of encoder outputs against float32 torch, relative to their largest magnitude. float32 sums of some
 # thousand terms in another order stay near 1e-5 over 23 layers; float16 has 2^-11 per operation and reaches 1e-2.
@@ -37,9 +40,8 @@ _ENCODER_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2}
 _ROUNDING = {Precision.FP32: 0.0, Precision.FP16: 1e-2}
 # The same for the scores, which are 0 to 1: ten times what was seen over 64 tiny models.
 _SCORE_ROUNDING = {Precision.FP32: 0.0, Precision.FP16: 5e-2}
-# Relative noise on the oracle's inputs, some units of float32's last place. Where it changes the kept set, the decision
-# was a tie that float32 cannot settle.
-_TIE_NOISE = 1e-6
+# Draws of noise on the oracle's inputs (``config.rounding``). Where one changes the kept set, the decision was a tie
+# that float32 cannot settle.
 _TIE_TRIALS = 8
 
 
@@ -60,7 +62,7 @@ class CheckReport:
         cases: sets of inputs.
         encoder_error: largest error of features, saliency and visual tokens, relative to their magnitude.
         exact_rows: images whose kept set equals the oracle's.
-        tied_rows: images where it differs and the oracle itself changes its mind under noise of 1e-6.
+        tied_rows: images where it differs and the oracle itself changes its mind under noise of float32's size.
         shipped_overlap: smallest share of kept tokens that the shipped file and its probe have in common.
     """
 
@@ -119,6 +121,77 @@ def check_graph(
     return CheckReport(len(cases), worst, exact, tied, overlap)
 
 
+@dataclass(frozen=True)
+class SelectorCase:
+    """A selector's own graph, and the settings that it was made with."""
+
+    file: Path
+    config: Any
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What was measured of the two halves.
+
+    Attributes:
+        encoder_difference: largest difference between encoder and fused graph, relative to the largest magnitude.
+        exact_rows: images whose kept set equals the oracle's, over all selectors.
+        tied_rows: images where it differs and the oracle itself changes its mind under noise of float32's size.
+    """
+
+    encoder_difference: float
+    exact_rows: int
+    tied_rows: int
+
+
+def check_split(
+    graph: ExportedGraph,
+    encoder: Path,
+    selectors: Sequence[SelectorCase],
+    adapter: Adapter,
+    precision: Precision,
+    progress: Callable[[str], None],
+) -> SplitReport:
+    """Run check 6; the first of ``selectors`` is the fused graph's own.
+
+    Raises:
+        ExportError: naming what differs.
+    """
+    progress("the halves in ONNX Runtime")
+    cases = check_cases(adapter.dims.num_patches)
+    feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
+    fused = ort_outputs(graph.probe, feeds)
+    encoded = ort_outputs(encoder, [{"pixel_values": feed["pixel_values"]} for feed in feeds])
+    worst = 0.0
+    for case, whole, half in zip(cases, fused, encoded, strict=True):
+        for name in ENCODER_OUTPUTS:
+            error = float(np.abs(whole[name] - half[name].astype(np.float32)).max() / np.abs(whole[name]).max())
+            if not error <= _ROUNDING[precision]:
+                raise ExportError(
+                    f"'{name}' of the encoder alone differs from the fused graph at {case}",
+                    received=f"largest difference {error:.2e} of the largest magnitude",
+                    expected=f"at most {_ROUNDING[precision]:.0e}",
+                )
+            worst = max(worst, error)
+    exact = tied = 0
+    for selector in selectors:
+        questions = [{name: feed[name] for name in VISUAL_INPUTS[1:]} for feed in feeds]
+        given = [{**half, **question} for half, question in zip(encoded, questions, strict=True)]
+        chosen = ort_outputs(selector.file, given)
+        for case, feed, half, kept in zip(cases, feeds, encoded, chosen, strict=True):
+            rows = np.take_along_axis(half["projected_tokens"], kept["visual_indices"][:, :, None], axis=1)
+            if not np.array_equal(rows, kept["visual_tokens"]):
+                raise ExportError(f"{selector.file.name}: its tokens are not the rows that its indices name at {case}")
+            rows_exact, rows_tied = _selection_agreement(case, feed, {**half, **kept}, selector.config)
+            exact, tied = exact + rows_exact, tied + rows_tied
+        if selector is selectors[0] and precision is Precision.FP32:
+            for case, whole, kept in zip(cases, fused, chosen, strict=True):
+                for name in VISUAL_OUTPUTS:
+                    if not np.array_equal(whole[name], kept[name]):
+                        raise ExportError(f"'{name}' of encoder and selector differs from the fused graph at {case}")
+    return SplitReport(worst, exact, tied)
+
+
 def _feeds(adapter: Adapter, precision: Precision, case: CheckCase, seed: int) -> Feeds:
     inputs = adapter.inputs(precision, batch=case.batch, text=case.text, budget=case.budget, seed=seed)
     return {name: tensor.numpy() for name, tensor in zip(VISUAL_INPUTS, inputs.tensors, strict=True)}
@@ -127,7 +200,7 @@ def _feeds(adapter: Adapter, precision: Precision, case: CheckCase, seed: int) -
 def _reference_encoder(reference: VisualGraph, feed: Feeds) -> dict[str, Array]:
     with torch.no_grad():
         outputs = reference.encoder(torch.from_numpy(feed["pixel_values"]))
-    return {name: output.numpy() for name, output in zip(PROBE_OUTPUTS, outputs, strict=True) if output is not None}
+    return {name: output.numpy() for name, output in zip(ENCODER_OUTPUTS, outputs, strict=True) if output is not None}
 
 
 def _free(module: VisualGraph) -> None:
@@ -178,7 +251,7 @@ def _selection_agreement(case: CheckCase, feed: Feeds, have: dict[str, Array], c
             overlap = np.intersect1d(kept, have["visual_indices"][row]).size
             raise ExportError(
                 f"the graph keeps other visual tokens than the selection algorithm at {case}, image {row}",
-                received=f"{overlap} of {case.budget} indices agree",
+                received=f"{overlap} of {case.budget} indices agree; {config}",
                 expected="all, given the graph's own features",
                 hint="no bundle was written; report this with the versions in use",
             )
@@ -194,7 +267,7 @@ def _oracle(arrays: list[Array], mask: Array, budget: int, config: Any) -> Array
 def _is_tie(arrays: list[Array], mask: Array, budget: int, config: Any, kept: Array) -> bool:
     rng = np.random.default_rng(0)
     for _ in range(_TIE_TRIALS):
-        noisy = [array * (1.0 + _TIE_NOISE * rng.standard_normal(array.shape)) for array in arrays]
+        noisy = [array * (1.0 + config.rounding * rng.standard_normal(array.shape)) for array in arrays]
         if not np.array_equal(_oracle(noisy, mask, budget, config), kept):
             return True
     return False

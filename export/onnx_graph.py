@@ -6,23 +6,23 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from flashvlm_export import interrupts
 from flashvlm_export.errors import ExportError
 from flashvlm_export.export.translations import TRANSLATIONS
-from flashvlm_export.export.visual_graph import VisualGraph
+from flashvlm_export.export.visual_graph import SelectorGraph, VisualGraph
 from flashvlm_export.models.adapter import GraphInputs
-from flashvlm_export.specs import VISUAL_INPUTS, VISUAL_OUTPUTS
+from flashvlm_export.specs import ENCODER_OUTPUTS, VISUAL_INPUTS, VISUAL_OUTPUTS, GraphSpec
 
 OPSET = 20
-PROBE_OUTPUTS = ("patch_features", "saliency", "projected_tokens")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,60 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
     Raises:
         ExportError: if torch cannot trace or translate the module.
     """
-    model = _translate(module, inputs)
+    probes = [name for name in ENCODER_OUTPUTS if name != "saliency" or module.encoder.needs_saliency]
+    model = _translate(module, inputs, [*VISUAL_OUTPUTS, *probes])
+    probe = file.with_name(f"{file.stem}.probe.onnx")
+    ir.save(model, probe, external_data=f"{file.name}.data", size_threshold_bytes=1024)
+    for weight in model.graph.initializers.values():
+        # onnxscript's rewrite rules, which live as long as the process, remember the last graph that they matched.
+        weight.const_value = None
+    _save_part(probe, file, VISUAL_INPUTS, VISUAL_OUTPUTS)
+    return ExportedGraph(file, probe)
+
+
+def onnx_from_selector(module: SelectorGraph, inputs: GraphInputs, file: Path) -> None:
+    """Write ``file``: a selector alone, which has no weights.
+
+    Raises:
+        ExportError: if torch cannot trace or translate the module.
+    """
+    ir.save(_translate(module, inputs, VISUAL_OUTPUTS), file)
+
+
+def encoder_from_probe(graph: ExportedGraph, spec: GraphSpec, file: Path) -> None:
+    """Write ``file``, the fused graph up to what the selector takes; its weights stay those of the fused graph's file.
+
+    What the probe shows as float32 leaves the encoder in the graph's own dtype.
+    """
+    values = ir.convenience.create_value_mapping(ir.load(graph.probe).graph)
+    cut: list[str] = []
+    for name in ENCODER_OUTPUTS:
+        producer = values[name].producer()
+        before = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
+        is_half = before is not None and before.dtype == ir.DataType.FLOAT16
+        cut.append(str(before.name) if before is not None and is_half else name)
+    _save_part(graph.probe, file, VISUAL_INPUTS[:1], cut, spec)
+
+
+def _save_part(
+    whole: Path, file: Path, inputs: Sequence[str], outputs: Sequence[str], spec: GraphSpec | None = None
+) -> None:
+    """Write what ``outputs`` need of ``whole``, named and shaped as in ``spec`` where one is given."""
+    model = ir.load(whole)
+    part = ir.convenience.extract(model.graph, inputs, outputs)
+    # extract() goes through sets; the order of the whole gives the same bytes every time.
+    kept = [part.initializers.pop(name) for name in model.graph.initializers if name in part.initializers]
+    for initializer in kept:
+        part.initializers.add(initializer)
+    model.graph = part
+    for value, tensor in zip(model.graph.outputs, spec.outputs if spec else (), strict=False):
+        value.name, value.shape = tensor.name, ir.Shape(tensor.shape)
+    ir.save(model, file)
+
+
+def _translate(module: nn.Module, inputs: GraphInputs, outputs: Sequence[str]) -> ir.Model:
+    """Return ``module`` as ONNX, with the names and shapes of ``inputs.spec`` and nothing of the exporting machine."""
+    model = _export(module, inputs)
     for value in model.graph.all_nodes():
         # Stack traces and scopes of the exporting machine: no use to a device, and different on every machine.
         value.metadata_props.clear()
@@ -50,28 +103,20 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
         tensor.metadata_props.clear()
     model.metadata_props.clear()
     model.producer_name, model.producer_version = "flashvlm-export", ""
-    outputs = [
-        *VISUAL_OUTPUTS,
-        *(name for name in PROBE_OUTPUTS if name != "saliency" or module.encoder.needs_saliency),
-    ]
     for output, name in zip(model.graph.outputs, outputs, strict=True):
         output.name = name
+    for node in model.graph:
+        # The exporter reads the batch size off any input; off the first one, the encoder needs no text.
+        if node.op_type == "Shape" and node.inputs[0] in model.graph.inputs and node.attributes.get_int("end", 0) == 1:
+            node.replace_input_with(0, model.graph.inputs[0])
     specs = {spec.name: spec for spec in (*inputs.spec.inputs, *inputs.spec.outputs)}
     for output in (*model.graph.inputs, *model.graph.outputs):
         if output.name in specs:
             output.shape = ir.Shape(specs[output.name].shape)
-    probe = file.with_name(f"{file.stem}.probe.onnx")
-    ir.save(model, probe, external_data=f"{file.name}.data", size_threshold_bytes=1024)
-    for weight in model.graph.initializers.values():
-        # onnxscript's rewrite rules, which live as long as the process, remember the last graph that they matched.
-        weight.const_value = None
-    shipped = onnx.load(probe, load_external_data=False)
-    del shipped.graph.output[len(VISUAL_OUTPUTS) :]
-    onnx.save(shipped, file)
-    return ExportedGraph(file, probe)
+    return model
 
 
-def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
+def _export(module: nn.Module, inputs: GraphInputs) -> ir.Model:
     # Without torchvision, torch says of each of its operators that it is skipped.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     dims = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "text")}
@@ -90,7 +135,7 @@ def _translate(module: VisualGraph, inputs: GraphInputs) -> ir.Model:
                 program,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=list(VISUAL_INPUTS),
+                input_names=[spec.name for spec in inputs.spec.inputs],
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from flashvlm_export.ort import ort_session
 from flashvlm_export.specs import Array, Feeds
 
 
-def ort_outputs(file: Path, feeds: list[Feeds]) -> list[dict[str, Array]]:
+def ort_outputs(file: Path, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
     """Return the outputs of ``file`` for each of ``feeds``, by name.
 
     Raises:
@@ -50,7 +51,7 @@ def main(file: str, feeds: str, outputs: str) -> None:
     _save(Path(outputs), [dict(zip(names, session.run(names, feed), strict=True)) for feed in _load(Path(feeds))])
 
 
-def _save(path: Path, sets: list[Feeds] | list[dict[str, Array]]) -> None:
+def _save(path: Path, sets: Sequence[Feeds]) -> None:
     arrays = {f"{number}/{name}": array for number, one in enumerate(sets) for name, array in one.items()}
     np.savez(path, allow_pickle=False, **arrays)
 

@@ -170,12 +170,17 @@ def _part(bundle: Bundle, precisions: Sequence[Precision]) -> Manifest:
         bundle.graph_file(precision)  # says how to get one that is not there
     manifest = bundle.manifest
     left_out = [name for name in manifest.graphs if precisions and Precision(name) not in precisions]
-    gone = {file for name in left_out for file in bundle.graph_files(Precision(name))}
+    gone = {
+        file
+        for precision in map(Precision, left_out)
+        for file in (*bundle.graph_files(precision), *bundle.split_files(precision))
+    }
     return replace(
         manifest,
         graphs={name: graph for name, graph in manifest.graphs.items() if name not in left_out},
         files={name: entry for name, entry in manifest.files.items() if name not in gone},
         checks={name: found for name, found in manifest.checks.items() if name not in left_out},
+        split={name: halves for name, halves in manifest.split.items() if name not in left_out},
     )
 
 

@@ -1,4 +1,7 @@
-"""The fused graph as one torch module: encoder, projector, selection, and the gather of what is kept."""
+"""The fused graph as one torch module: encoder, projector, selection, and the gather of what is kept.
+
+And its second half alone, for images that were encoded before.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,38 @@ class VisualGraph(nn.Module):
         # float32 and rounds only at the outputs.
         features32, tokens32 = features.float(), tokens.float()
         kept, scores = self.selector(features32, saliency, tokens32, text_embeds.float(), text_mask, budget)
-        indices = ascending_indices(kept, budget)
-        gathered = tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2]))
+        gathered, indices = _gather(tokens, kept, budget)
         seen = (features32, tokens32) if saliency is None else (features32, saliency, tokens32)
         return gathered, indices, scores, *seen
+
+
+class SelectorGraph(nn.Module):
+    """See :func:`flashvlm_export.specs.selector_spec` for inputs and outputs."""
+
+    def __init__(self, selector: nn.Module) -> None:
+        super().__init__()
+        self.selector = selector
+
+    def forward(
+        self,
+        patch_features: Tensor,
+        saliency: Tensor,
+        projected_tokens: Tensor,
+        text_embeds: Tensor,
+        text_mask: Tensor,
+        budget: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``."""
+        kept, scores = self.selector(
+            patch_features.float(), saliency, projected_tokens.float(), text_embeds.float(), text_mask, budget
+        )
+        return *_gather(projected_tokens, kept, budget), scores
+
+
+def _gather(tokens: Tensor, kept: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of ``tokens`` that are marked as kept, and their ascending indices."""
+    indices = ascending_indices(kept, budget)
+    return tokens.gather(1, indices[:, :, None].expand(-1, -1, tokens.shape[2])), indices
 
 
 def build_visual_graph(
@@ -50,13 +81,17 @@ def build_visual_graph(
     config: Any,
     precision: Precision,
     progress: Progress | None = None,
+    *,
+    needs_saliency: bool = False,
 ) -> VisualGraph:
     """Return the module with its weights read from ``weights`` in ``precision``; nothing else is read.
+
+    ``needs_saliency`` computes saliency even where ``selector`` does without.
 
     Raises:
         CheckpointError: if a tensor is missing, misshapen, not finite, or overflows float16.
     """
-    encoder: Any = adapter.encoder(needs_saliency=selector.needs_saliency)
+    encoder: Any = adapter.encoder(needs_saliency=needs_saliency or selector.needs_saliency)
     dtype = getattr(torch, precision.float_dtype)
     tensors = {}
     for name, parameter in (progress or Progress()).track(list(encoder.named_parameters()), "tensors"):

@@ -6,6 +6,8 @@
     visual.fp32.onnx        the fused graph; weights in visual.fp32.onnx.data
     visual.fp16.onnx        the same in half precision, selection still float32
     visual.int8.onnx        optional: explicit Q/DQ, by flashvlm calibrate; ranges and tables in calibration/
+    encoder.fp32.onnx       optional: the fused graph up to the selector, on the same weights
+    selector.NAME.fp32.onnx optional: selectors for it, without weights
     text_embeddings.npy     the LLM's input embeddings [vocab, D], memory-mapped
     tokenizer.json          as the tokenizers library writes it
     chat_template.jinja     rendered in a sandbox
@@ -22,8 +24,9 @@ from pathlib import Path
 
 from flashvlm_export.errors import BundleError, ConfigError
 from flashvlm_export.files import atomic_write, sha256_of
-from flashvlm_export.manifest import MANIFEST, FileEntry, Manifest, decode_manifest
+from flashvlm_export.manifest import MANIFEST, FileEntry, Manifest, SplitGraphs, decode_manifest
 from flashvlm_export.records import encode_record
+from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision
 
 TEXT_EMBEDDINGS = "text_embeddings.npy"
@@ -99,6 +102,26 @@ class Bundle:
         graph = self.graph_file(precision).name
         return {name: entry for name, entry in sorted(self.manifest.files.items()) if name.startswith(graph)}
 
+    def split_graphs(self, precision: Precision) -> SplitGraphs:
+        """Return encoder and selectors for ``precision``; raise :class:`ConfigError` if the bundle has none."""
+        halves = self.manifest.split.get(precision.value)
+        if halves is None:
+            raise ConfigError(
+                "the bundle has no encoder and selector as graphs of their own in this precision",
+                received=precision.value,
+                expected=f"one of {', '.join(self.manifest.split)}"
+                if self.manifest.split
+                else "a bundle that has them",
+                hint=f"{self.export_command()} --split",
+            )
+        return halves
+
+    def split_files(self, precision: Precision) -> dict[str, FileEntry]:
+        """Return the files of encoder and selectors for ``precision``, without the weights; empty if there are none."""
+        halves = self.manifest.split.get(precision.value)
+        names = [halves.encoder.file, *(entry.file for entry in halves.selectors.values())] if halves else []
+        return {name: self.manifest.files[name] for name in names}
+
     def graph_sha256(self, precision: Precision, *, verify: bool = False) -> str:
         """Return one hash over the files of a graph, from the manifest.
 
@@ -127,6 +150,11 @@ class Bundle:
         source = self.manifest.source
         weights = "DIR" if source.weights == "checkpoint" else source.weights
         command = f"flashvlm export {source.model} --weights {weights} --output {self.path} --overwrite"
+        selection = self.manifest.selection
+        command += "" if selection.selector == "flashvlm" else f" --selector {selection.selector}"
+        for name, value in selection.config.items():
+            if value != getattr(get_selector(selection.selector).config_type(), name):
+                command += f" --set {name}={value}"
         names = ",".join(precision.value for precision in precisions)
         return f"{command} --precision {names}" if names else command
 

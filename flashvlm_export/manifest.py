@@ -60,6 +60,28 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class SelectorEntry:
+    """One selector as a graph of its own, and its settings."""
+
+    file: str
+    spec: GraphSpec
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SplitGraphs:
+    """The fused graph in two halves, for images about which more than one question is asked.
+
+    Attributes:
+        encoder: pixels to patch features, saliency and projected tokens; its weights are the fused graph's file.
+        selectors: those, text and budget to the kept tokens; by name, the fused graph's own first.
+    """
+
+    encoder: GraphEntry
+    selectors: dict[str, SelectorEntry]
+
+
+@dataclass(frozen=True)
 class PromptSettings:
     """How a question becomes token ids.
 
@@ -115,6 +137,7 @@ class Manifest:
         files: every file but the manifest, by path relative to the bundle.
         tools: versions of the packages that wrote the bundle.
         checks: what was measured before the bundle was called good: precision → check → figure.
+        split: encoder and selectors apart, by precision, where the bundle has them.
     """
 
     schema_version: int
@@ -128,6 +151,7 @@ class Manifest:
     files: dict[str, FileEntry]
     tools: dict[str, str]
     checks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    split: dict[str, SplitGraphs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.graphs:

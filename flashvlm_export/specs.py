@@ -1,7 +1,7 @@
 """The contract of the visual graph: names, dtypes, shapes and the ranges of what is dynamic.
 
 One declaration, :func:`visual_graph_spec`, feeds the ONNX axes, the engine profiles, the manifest and the
-checks that a session makes on its inputs.
+checks that a session makes on its inputs. :func:`encoder_spec` and :func:`selector_spec` are the same in two halves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ DType = Literal["float32", "float16", "int64", "bool"]
 
 VISUAL_INPUTS = ("pixel_values", "text_embeds", "text_mask", "budget")
 VISUAL_OUTPUTS = ("visual_tokens", "visual_indices", "scores")
+ENCODER_OUTPUTS = ("patch_features", "saliency", "projected_tokens")
 
 
 class Precision(str, Enum):
@@ -136,31 +137,58 @@ class GraphSpec:
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             spec.check(feeds[spec.name], sizes)
-        check_budget(feeds["budget"].item(), self.dim("budget").max)
+        if "budget" in names:
+            check_budget(feeds["budget"].item(), self.dim("budget").max)
 
 
 def visual_graph_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
     """Return the contract of the fused visual graph for one model at one precision."""
-    dtype = precision.float_dtype
-    n, d, size = dims.num_patches, dims.llm_width, dims.image_size
-    return GraphSpec(
-        inputs=(
-            TensorSpec("pixel_values", "float32", ("batch", 3, size, size)),
-            TensorSpec("text_embeds", dtype, ("batch", "text", d)),
-            TensorSpec("text_mask", "bool", ("batch", "text")),
-            TensorSpec("budget", "int64", ()),
-        ),
-        outputs=(
-            TensorSpec("visual_tokens", dtype, ("batch", "kept", d)),
-            TensorSpec("visual_indices", "int64", ("batch", "kept")),
-            TensorSpec("scores", "float32", ("batch", n)),
-        ),
-        dims=(
-            DynamicDim("batch", 1, 1, 8),
-            DynamicDim("text", 1, 64, 512),
-            DynamicDim("budget", 1, min(128, n), n),
-        ),
+    return GraphSpec((_pixels(dims), *_question(dims, precision)), _kept(dims, precision), _dynamic(dims))
+
+
+def encoder_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
+    """Return the contract of the encoder alone: what an image is, whatever is asked about it."""
+    return GraphSpec((_pixels(dims),), _encoded(dims, precision), _dynamic(dims)[:1])
+
+
+def selector_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
+    """Return the contract of a selector alone: an encoded image, the text and the budget to the kept tokens."""
+    inputs = (*_encoded(dims, precision), *_question(dims, precision))
+    return GraphSpec(inputs, _kept(dims, precision), _dynamic(dims))
+
+
+def _pixels(dims: VisualDims) -> TensorSpec:
+    return TensorSpec("pixel_values", "float32", ("batch", 3, dims.image_size, dims.image_size))
+
+
+def _encoded(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
+    dtype, n = precision.float_dtype, dims.num_patches
+    return (
+        TensorSpec("patch_features", dtype, ("batch", n, dims.vision_width)),
+        TensorSpec("saliency", "float32", ("batch", n)),
+        TensorSpec("projected_tokens", dtype, ("batch", n, dims.llm_width)),
     )
+
+
+def _question(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec("text_embeds", precision.float_dtype, ("batch", "text", dims.llm_width)),
+        TensorSpec("text_mask", "bool", ("batch", "text")),
+        TensorSpec("budget", "int64", ()),
+    )
+
+
+def _kept(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
+    return (
+        TensorSpec("visual_tokens", precision.float_dtype, ("batch", "kept", dims.llm_width)),
+        TensorSpec("visual_indices", "int64", ("batch", "kept")),
+        TensorSpec("scores", "float32", ("batch", dims.num_patches)),
+    )
+
+
+def _dynamic(dims: VisualDims) -> tuple[DynamicDim, ...]:
+    n = dims.num_patches
+    return DynamicDim("batch", 1, 1, 8), DynamicDim("text", 1, 64, 512), DynamicDim("budget", 1, min(128, n), n)
 
 
 def check_budget(budget: object, num_patches: int) -> int:

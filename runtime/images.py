@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import threading
 import warnings
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from flashvlm_export.errors import ImageError
+from flashvlm_export.files import sha256_of
 
 #: Pillow's own limit, beyond which transformers cannot open an image either: 715 MB once decoded (4 bytes per pixel).
 LIMIT_PIXELS = 178_956_970
@@ -69,7 +71,41 @@ def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Imag
                 return _decode(stream, str(path), limit_pixels)
         except OSError as error:
             raise ImageError("the image file cannot be read", received=f"{path}: {error.strerror or error}") from error
-    raise ImageError(
+    raise _no_source(source)
+
+
+def content_key(source: ImageSource) -> str:
+    """Return a hash of what ``source`` holds, without decoding it: sources with equal keys are the same image.
+
+    A file and its bytes have one key; an array and a Pillow image of the same pixels have keys of their own.
+
+    Raises:
+        ImageError: if ``source`` is nothing that :func:`load_image` reads, or cannot be read.
+    """
+    digest = hashlib.sha256()
+    if isinstance(source, Image.Image):
+        digest.update(f"{source.mode} {source.size} {source.getexif().get(_EXIF_ORIENTATION)}".encode())
+        digest.update(source.tobytes())
+    elif isinstance(source, np.ndarray):
+        digest.update(f"{source.dtype} {source.shape}".encode())
+        digest.update(np.ascontiguousarray(source).data)
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        digest.update(source)
+    elif isinstance(source, str) and source.startswith("data:"):
+        digest.update(_data_url(source))
+    elif isinstance(source, (str, os.PathLike)):
+        path = _checked_path(source)
+        try:
+            return sha256_of(path)
+        except OSError as error:
+            raise ImageError("the image file cannot be read", received=f"{path}: {error.strerror or error}") from error
+    else:
+        raise _no_source(source)
+    return digest.hexdigest()
+
+
+def _no_source(source: object) -> ImageError:
+    return ImageError(
         "this is not something an image can be read from",
         received=type(source).__name__,
         expected="a path, bytes, a PIL image or a uint8 array",

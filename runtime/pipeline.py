@@ -21,13 +21,18 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, UsageError
-from flashvlm_export.runtime.embeddings import splice
+from flashvlm_export.runtime.embeddings import pad_text, splice
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
-from flashvlm_export.runtime.images import ImageSource, load_image
+from flashvlm_export.runtime.image_cache import ImageCache
+from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
 from flashvlm_export.runtime.prompt import TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
+from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.specs import Array, Precision, check_budget
+
+#: Room for encoded images: some fifty of LLaVA-1.5-7B in float16, some hundred thousand visual tokens.
+CACHE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,14 @@ class Pipeline:
 
     Args:
         bundle: an opened bundle with a tokenizer.
-        session: runs its visual graph; opened and closed with the pipeline.
+        session: runs its visual graph, or encoder and selectors apart; opened and closed with the pipeline.
         llm: answers; ``None`` if only :meth:`encode` is used.
+        cache_bytes: memory for encoded images, which a :class:`SplitSession` need not encode again.
     """
 
-    def __init__(self, bundle: Bundle, session: VisualSession, llm: LLMEngine | None) -> None:
+    def __init__(
+        self, bundle: Bundle, session: VisualSession, llm: LLMEngine | None, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         inputs = GraphInputs(bundle)
         if inputs.prompts is None:
             raise BundleError(
@@ -107,6 +115,7 @@ class Pipeline:
         self.bundle = bundle
         self.session = session
         self.llm = llm
+        self.images = ImageCache(cache_bytes)
         self.embeddings, self.preprocess, self.prompts = inputs.embeddings, inputs.preprocess, inputs.prompts
 
     @classmethod
@@ -117,6 +126,8 @@ class Pipeline:
         precision: Precision | str | None = None,
         engine: str | None = None,
         cuda_graphs: bool = False,
+        selectors: Sequence[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
         with_llm: bool = True,
@@ -129,6 +140,9 @@ class Pipeline:
             engine: target of the TensorRT engine to run, or ``auto`` where the bundle has just one; ``None`` runs the
                 graph in ONNX Runtime.
             cuda_graphs: replay the engine's kernels as CUDA graphs; see :class:`TensorRTSession`.
+            selectors: run encoder and selector as graphs of their own, so that an image is encoded once, with these
+                selectors loaded (empty: the fused graph's own); ``None`` runs the fused graph.
+            cache_bytes: memory for images encoded so.
             providers: ONNX Runtime execution providers, for the graph (without ``engine``) and the decoder, which
                 leaves TensorRT out.
             threads: threads of one operator; ``None`` leaves it to ONNX Runtime.
@@ -140,7 +154,8 @@ class Pipeline:
         from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-        pipeline = cls(bundle, _session(bundle, precision, engine, cuda_graphs, providers, threads), None)
+        session = _session(bundle, precision, engine, cuda_graphs, selectors, providers, threads)
+        pipeline = cls(bundle, session, None, cache_bytes=cache_bytes)
         if with_llm:
             decoder = bundle.manifest.decoder
             if decoder is None:
@@ -186,7 +201,12 @@ class Pipeline:
         return self.session.spec.dim("budget").opt
 
     def encode(
-        self, requests: Sequence[Request], *, budget: int | None = None, text_span: TextSpan = "prompt"
+        self,
+        requests: Sequence[Request],
+        *,
+        budget: int | None = None,
+        text_span: TextSpan = "prompt",
+        selector: str | None = None,
     ) -> list[PrunedPrompt]:
         """Return one pruned prompt per request; all images go through the graph as one batch.
 
@@ -195,9 +215,10 @@ class Pipeline:
             budget: visual tokens to keep per image, ``1..N``.
             text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's
                 ``question`` alone.
+            selector: one of those that the pipeline was opened with; ``None`` for the first.
 
         Raises:
-            BudgetError, ImageError, PromptError, SessionError: nothing was computed for any request.
+            BudgetError, ConfigError, ImageError, PromptError, SessionError: nothing was computed for any request.
         """
         if not requests:
             raise UsageError("no requests", expected="at least one image and question")
@@ -211,12 +232,18 @@ class Pipeline:
             for _ in request.images
         ]
         clock.lap("tokenize")
-        images = [load_image(source) for request in requests for source in request.images]
-        clock.lap("load_images")
-        pixels = self.preprocess(images)
-        clock.lap("preprocess")
-        outputs = self.session.run(visual_feeds(pixels, guides, count))
-        clock.lap("visual")
+        sources = [source for request in requests for source in request.images]
+        if isinstance(self.session, SplitSession):
+            images = self._encoded(sources, clock)
+            outputs = self.session.select(images, *pad_text(guides), count, selector)
+            clock.lap("select")
+        elif selector is not None:
+            raise UsageError(
+                "the fused graph has its selector inside", received=repr(selector), expected="a pipeline with selectors"
+            )
+        else:
+            outputs = self.session.run(visual_feeds(self._pixels(sources, clock), guides, count))
+            clock.lap("visual")
         spliced = []
         first = 0
         for request, prompt in zip(requests, prompts, strict=True):
@@ -237,6 +264,28 @@ class Pipeline:
             )
             for rows, prompt, embeds in spliced
         ]
+
+    def _pixels(self, sources: Sequence[ImageSource], clock: Clock) -> Array:
+        images = [load_image(source) for source in sources]
+        clock.lap("load_images")
+        pixels = self.preprocess(images)
+        clock.lap("preprocess")
+        return pixels
+
+    def _encoded(self, sources: Sequence[ImageSource], clock: Clock) -> list[EncodedImage]:
+        """Return every image encoded: as it is remembered, or else anew, all of these as one batch."""
+        assert isinstance(self.session, SplitSession)
+        keys = [content_key(source) for source in sources]
+        found: dict[str, EncodedImage | None] = {key: self.images.get(key) for key in keys}
+        clock.lap("image_keys")
+        missing = {key: source for key, source in zip(keys, sources, strict=True) if found[key] is None}
+        if missing:
+            pixels = self._pixels(list(missing.values()), clock)
+            for key, fresh in zip(missing, self.session.encode(pixels), strict=True):
+                found[key] = fresh
+                self.images.put(key, fresh)
+            clock.lap("encode")
+        return [image for key in keys if (image := found[key]) is not None]
 
     def view(self, image: ImageSource) -> Image.Image:
         """Return ``image`` as the encoder sees it, for drawing on."""
@@ -283,9 +332,12 @@ class Pipeline:
         budget: int | None = None,
         params: SamplingParams | None = None,
         text_span: TextSpan = "prompt",
+        selector: str | None = None,
     ) -> Answer:
         """Return the answer to one question about one image; see :meth:`encode` and :meth:`answer`."""
-        return self.answer(self.encode([Request([image], question)], budget=budget, text_span=text_span)[0], params)
+        request = Request([image], question)
+        prompt = self.encode([request], budget=budget, text_span=text_span, selector=selector)[0]
+        return self.answer(prompt, params)
 
     def _generate(self, prompt: PrunedPrompt, params: SamplingParams | None) -> Iterator[tuple[int | None, str]]:
         """Yield ``(token id, text that it completes)``, and at last ``(None, what was held back)``."""
@@ -339,12 +391,19 @@ def _session(
     precision: Precision | str | None,
     engine: str | None,
     cuda_graphs: bool,
+    selectors: Sequence[str] | None,
     providers: Sequence[str],
     threads: int | None,
 ) -> VisualSession:
     if cuda_graphs and engine is None:
         raise UsageError(
             "CUDA graphs are for TensorRT engines", received="cuda graphs without an engine", expected="--engine too"
+        )
+    if engine is not None and selectors is not None:
+        raise UsageError(
+            "an engine is built of the fused graph",
+            received=f"selectors and the engine {engine}",
+            expected="one of them",
         )
     if engine is not None:
         from flashvlm_export.engines import find_engine
@@ -356,6 +415,8 @@ def _session(
     from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 
     chosen = _precision(precision, bundle)
+    if selectors is not None:
+        return SplitSession(bundle, chosen, selectors, providers=providers, threads=threads)
     graph = bundle.graph_file(chosen)
     spec = bundle.manifest.graphs[chosen.value].spec
     return OnnxRuntimeSession(graph, spec, providers=providers, threads=threads)

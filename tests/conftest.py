@@ -32,7 +32,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of ``tiny_checkpoint``: fp32 and fp16 graphs, fp32 decoder. Do not change it: copy it."""
+    """The bundle of ``tiny_checkpoint``: graphs in fp32 and fp16, fused and split; fp32 decoder. Do not change it."""
     given = os.environ.get("FLASHVLM_TEST_BUNDLE")
     if given:
         return Path(given)
@@ -40,7 +40,10 @@ def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
 
     output = tmp_path_factory.mktemp("bundle") / "tiny"
-    settings = ExportSettings(str(checkpoint), output, decoder="fp32", engine_check="off")
+    further = ["divprune", "cdpruner"]
+    settings = ExportSettings(
+        str(checkpoint), output, split=True, further_selectors=further, decoder="fp32", engine_check="off"
+    )
     return bundle_from_checkpoint(settings).path
 
 

@@ -14,7 +14,7 @@ from scenes import GRID, KINDS, PATCH, TEXT_OWNER, Scene
 CHUNK = 2000
 PIXELS = 3 * PATCH * PATCH
 # Columns of patch_labels; -1 where a label does not apply.
-LABELS = ["kind", "colour", "shape", "centre", "word", "tens", "units"]
+LABELS = ["kind", "colour", "shape", "centre", "word", "tens", "units", "glyph"]
 BACKGROUND, OBJECT, TEXT = 0, 1, 2
 QUESTIONS = 12
 
@@ -39,7 +39,7 @@ def write_chunk(folder: Path, number: int) -> None:
 
 
 def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """``[576, 7]`` int64 labels as in ``LABELS``, and ``[576, 3]`` float32: centre and radius of the object, over 336.
+    """``[576, 8]`` int64 labels as in ``LABELS``, and ``[576, 3]`` float32: centre and radius of the object, over 336.
 
     A patch of text carries the colour, shape and place of the object that it stands beside.
     """
@@ -57,6 +57,7 @@ def patch_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
         geometry[either] = np.array([thing.x, thing.y, thing.radius], np.float32) / scenes.SIDE
         if thing.text is not None:
             value = thing.text.value
+            labels[beside, 7] = np.tile(scenes.glyph_columns(thing.text), GRID)[beside]
             if value.isdigit():
                 labels[beside, 4] = len(scenes.WORDS)
                 labels[beside, 5], labels[beside, 6] = int(value[0]) - 1, int(value[1])
@@ -144,9 +145,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the cache, outside the repository")
     parser.add_argument("--chunks", type=int, default=12, help="2000 scenes and 0.7 GB each")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    cache = args.work / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
     for number in range(args.chunks):
-        write_chunk(args.work, number)
+        write_chunk(cache, number)
         print("chunk", number, flush=True)
 
 

@@ -29,6 +29,7 @@ RGB += [(246, 246, 246), (16, 16, 16)]
 WORDS = ["cat", "dog", "sun", "cup", "bus", "tree", "fish", "milk", "stop", "exit", "open", "taxi"]
 WORDS += ["bank", "cafe", "park", "shop", "hotel", "pizza", "news", "sale", "gate", "zoo", "book", "king"]
 NUMBERS = [str(number) for number in range(10, 100)]
+GLYPHS = sorted({glyph for value in WORDS + NUMBERS for glyph in value.upper()})
 COUNTS = ["one", "two", "three", "four"]
 PLACES = ["at the top left", "at the top", "at the top right", "at the left", "in the middle", "at the right"]
 PLACES += ["at the bottom left", "at the bottom", "at the bottom right"]
@@ -310,6 +311,17 @@ def patch_owners(scene: Scene) -> np.ndarray:
         row, column = thing.y // PATCH, thing.x // PATCH
         owners[row, column], best[row, column] = 1 + index, 2
     return owners
+
+
+def glyph_columns(text: Text) -> np.ndarray:
+    """``[24]`` int8: the glyph that covers most of each column of patches, as its place in ``GLYPHS``, or -1."""
+    value = text.value.upper()
+    start = text.box[0] + 3 - _extent(text.value, text.size)[0]
+    edges = start + np.array([_font(text.size).getlength(value[:end]) for end in range(len(value) + 1)])
+    left = np.arange(GRID)[:, None] * PATCH
+    covered = np.minimum(left + PATCH, edges[1:]) - np.maximum(left, edges[:-1])
+    glyphs = np.array([GLYPHS.index(glyph) for glyph in value], np.int8)
+    return np.where(covered.max(1) > 0, glyphs[covered.argmax(1)], -1).astype(np.int8)
 
 
 def _claim(

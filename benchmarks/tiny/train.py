@@ -40,8 +40,11 @@ STAGES = ["vision", "language", "align", "joint"]
 WINDOW = 8
 PAIRS = len(scenes.COLOURS) * len(scenes.SHAPES)
 _SIZES = {"kind": 3, "colour": 8, "shape": 6, "centre": 2, "word": 25, "tens": 9, "units": 10}
+# What a head tells of a patch: besides, the glyph that covers most of it, a step on the way to words.
+_HEADS = {**_SIZES, "glyph": len(scenes.GLYPHS)}
 # Words are wrong longest, and few patches show them.
 _WEIGHTS = {"kind": 1.0, "colour": 1.0, "shape": 1.0, "centre": 0.5, "word": 1.5, "tens": 1.0, "units": 1.0}
+_WEIGHTS["glyph"] = 1.0
 _MEAN = torch.tensor(OPENAI_CLIP_MEAN).repeat_interleave(scenes.PATCH**2) * 255
 _STD = torch.tensor(OPENAI_CLIP_STD).repeat_interleave(scenes.PATCH**2) * 255
 
@@ -52,13 +55,13 @@ class Heads(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        self.patch = nn.Linear(WIDTH, sum(_SIZES.values()) + 3)
+        self.patch = nn.Linear(WIDTH, sum(_HEADS.values()) + 3)
         self.cls = nn.Linear(WIDTH, PAIRS)
 
     def forward(self, features: Tensor, labels: Tensor, geometry: Tensor, places: Tensor) -> tuple[Tensor, dict]:
         """``places`` ``[B, K, 2]``: centres of the patches, over 336."""
         out = self.patch(self.norm(features[:, 1:])).float()
-        logits = dict(zip(_SIZES, out[..., :-3].split(list(_SIZES.values()), -1), strict=True))
+        logits = dict(zip(_HEADS, out[..., :-3].split(list(_HEADS.values()), -1), strict=True))
         loss, right = out.new_zeros(()), {}
         for column, name in enumerate(LABELS):
             wanted = labels[..., column]
@@ -108,7 +111,7 @@ class Codebook(nn.Module):
         own = torch.cat([sines(geometry[..., 0], geometry[..., 1], 8), geometry], -1)
         total = total + shown * self.own(own)
         beside = labels[..., 0] == 2
-        for column, name in enumerate(LABELS):
+        for column, name in enumerate(_SIZES):
             wanted = labels[..., column]
             if name in ("colour", "shape"):
                 total = total + _look_up(self.tables[name], torch.where(beside, -1, wanted))

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flashvlm_export.bundle import Bundle
+from flashvlm_export.specs import Precision
 
 if TYPE_CHECKING:
     from flashvlm_export.runtime.pipeline import Pipeline
@@ -19,7 +20,7 @@ PROVIDERS = {
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--text-span``, ``--precision``, ``--engine``, ``--cuda-graphs``, ``--provider`` and ``--threads``."""
+    """Add what every verb that answers questions takes, from ``--text-span`` to ``--threads``."""
     parser.add_argument(
         "--text-span",
         choices=("prompt", "question"),
@@ -28,6 +29,12 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
+    )
+    parser.add_argument(
+        "--selector",
+        metavar="NAME",
+        help="run the encoder and this selector as graphs of their own, so that an image is encoded once for many "
+        "questions; needs a bundle exported with --split (eval takes several, with commas, or all)",
     )
     parser.add_argument(
         "--engine",
@@ -48,6 +55,16 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
 
 
+def selectors_from(args: argparse.Namespace, bundle: Bundle) -> list[str] | None:
+    """Return the selectors that ``--selector`` names, or ``None`` without it: the fused graph's own."""
+    if args.selector is None:
+        return None
+    if args.selector == "all":
+        precision = Precision(args.precision or next(iter(bundle.manifest.graphs)))
+        return list(bundle.split_graphs(precision).selectors)
+    return list(dict.fromkeys(name.strip() for name in args.selector.split(",")))
+
+
 def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = True) -> Pipeline:
     """Return the pipeline that the options ask for; ``with`` opens it."""
     from flashvlm_export.runtime.pipeline import Pipeline
@@ -57,6 +74,7 @@ def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = 
         precision=args.precision,
         engine=args.engine,
         cuda_graphs=args.cuda_graphs,
+        selectors=selectors_from(args, bundle),
         providers=PROVIDERS[args.provider],
         threads=args.threads,
         with_llm=with_llm,

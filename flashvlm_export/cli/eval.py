@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashvlm_export import __version__
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import PROVIDERS, add_backend_arguments, pipeline_from
+from flashvlm_export.cli.backend import PROVIDERS, add_backend_arguments, pipeline_from, selectors_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import ConfigError, DependencyError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.progress import Progress
 
 if TYPE_CHECKING:
+    from flashvlm_export.evaluation.compare import Comparison
     from flashvlm_export.evaluation.dataset import DataSet
     from flashvlm_export.evaluation.evaluate import Ask
     from flashvlm_export.evaluation.journal import Journal, RunSettings
@@ -73,22 +74,36 @@ def run(args: argparse.Namespace) -> None:
     whole = read_dataset(args.data)
     data = _chosen(whole, args)
     pipeline = pipeline_from(args, bundle)
-    settings = _settings(args, bundle, pipeline)
+    chosen = selectors_from(args, bundle)
+    # The fused graph's answers lie in the output directory itself, those of several selectors in one each.
+    folders = (
+        {name: args.output / name for name in chosen} if chosen else {bundle.manifest.selection.selector: args.output}
+    )
     progress = Progress.on_stderr()
     progress.step(f"{len(data.questions)} question(s) of {args.data}, budgets {', '.join(map(str, budgets))}")
     keys = question_keys(data.questions, progress)
-    with Journal(args.output, settings) as journal:
-        if journal.damaged:
-            progress.note(f"NOTE: {journal.damaged} damaged line(s) in {journal.path} are answered again")
+    with ExitStack() as stack:
+        journals = {
+            name: stack.enter_context(Journal(folder, _settings(args, bundle, pipeline, name)))
+            for name, folder in folders.items()
+        }
+        for journal in journals.values():
+            if journal.damaged:
+                progress.note(f"NOTE: {journal.damaged} damaged line(s) in {journal.path} are answered again")
+        asking = _asking(args, pipeline)
         try:
-            answer_missing(data.questions, keys, budgets, journal, _asking(args, pipeline), progress)
+            answer_missing(data.questions, keys, budgets, journals, asking, progress, visual_tokens=visual_tokens)
         except KeyboardInterrupt:
-            print(
-                f"{len(journal.answers)} answers are kept in {journal.path}; the same command goes on from there",
-                file=sys.stderr,
-            )
+            kept = sum(len(journal.answers) for journal in journals.values())
+            print(f"{kept} answers are kept in {args.output}; the same command goes on from there", file=sys.stderr)
             raise
-        _report(args, _results(args, data, keys, budgets, journal, visual_tokens))
+        results = {
+            name: _results(args, data, keys, budgets, journal, visual_tokens) for name, journal in journals.items()
+        }
+        for name, folder in folders.items():
+            _write(folder, results[name])
+        comparison = None if chosen is None else _compare(args, data, keys, budgets, journals, results)
+    _report(args, results, comparison)
 
 
 def _chosen(whole: DataSet, args: argparse.Namespace) -> DataSet:
@@ -98,7 +113,7 @@ def _chosen(whole: DataSet, args: argparse.Namespace) -> DataSet:
     return data if args.limit is None else data.sample(args.limit, args.seed)
 
 
-def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline) -> RunSettings:
+def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, selector: str) -> RunSettings:
     from flashvlm_export.engines import find_engine
     from flashvlm_export.evaluation.evaluate import bundle_sha256
     from flashvlm_export.evaluation.journal import RunSettings
@@ -115,11 +130,12 @@ def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline) -> R
         backend = f"{engine.entry.backend} {engine.entry.target}, decoder on {provider}"
     return RunSettings(
         bundle.manifest.source.model,
-        bundle_sha256(bundle, precision, engine),
+        bundle_sha256(bundle, precision, engine, None if args.selector is None else selector),
         precision.value,
         backend,
         args.max_tokens,
         args.text_span,
+        selector,
     )
 
 
@@ -131,8 +147,9 @@ def _asking(args: argparse.Namespace, pipeline: Pipeline) -> Iterator[Ask]:
 
     params = SamplingParams(max_new_tokens=args.max_tokens)
 
-    def ask(image: Path, question: str, budget: int) -> Reply:
-        answer = pipeline.ask(image, question, budget=budget, params=params, text_span=args.text_span)
+    def ask(image: Path, question: str, budget: int, selector: str) -> Reply:
+        chosen = None if args.selector is None else selector
+        answer = pipeline.ask(image, question, budget=budget, params=params, text_span=args.text_span, selector=chosen)
         return Reply(answer.text, answer.stats.new_tokens, answer.stats.finish_reason)
 
     with pipeline:
@@ -170,32 +187,81 @@ def _results(
     )
 
 
-def _report(args: argparse.Namespace, results: Results) -> None:
+def _write(folder: Path, results: Results) -> None:
     from flashvlm_export.evaluation.plot import PLOT, draw_accuracy
-    from flashvlm_export.evaluation.results import RESULTS, table
+    from flashvlm_export.evaluation.results import RESULTS
     from flashvlm_export.records import encode_record
 
-    with atomic_write(args.output / RESULTS) as temporary:
+    with atomic_write(folder / RESULTS) as temporary:
         temporary.write_bytes(encode_record(results))
+    _draw(lambda: draw_accuracy(results, folder / PLOT))
+
+
+def _compare(
+    args: argparse.Namespace,
+    data: DataSet,
+    keys: list[str],
+    budgets: list[int],
+    journals: dict[str, Journal],
+    results: dict[str, Results],
+) -> Comparison:
+    """Write the selectors side by side: those of this run, and whatever else lies beside them and answers the same."""
+    from flashvlm_export.evaluation.compare import COMPARISON, SCHEMA_VERSION, Comparison, compare
+    from flashvlm_export.evaluation.journal import JOURNAL, read_answers
+    from flashvlm_export.evaluation.plot import SELECTORS_PLOT, draw_selectors
+    from flashvlm_export.records import encode_record
+
+    answers = {name: journal.answers for name, journal in journals.items()}
+    for folder in sorted(path.parent for path in args.output.glob(f"*/{JOURNAL}")):
+        if folder.name not in answers:
+            _, found = read_answers(folder)
+            if all((key, budget) in found for key in keys for budget in budgets):
+                answers[folder.name] = found
+    first = next(iter(results.values()))
+    comparison = Comparison(
+        SCHEMA_VERSION,
+        first.settings.model,
+        first.settings.precision,
+        first.dataset,
+        first.visual_tokens,
+        compare(data.questions, keys, budgets, answers, visual_tokens=first.visual_tokens, seed=args.seed),
+        first.bootstrap,
+        first.tools,
+    )
+    with atomic_write(args.output / COMPARISON) as temporary:
+        temporary.write_bytes(encode_record(comparison))
+    _draw(lambda: draw_selectors(comparison, args.output / SELECTORS_PLOT))
+    return comparison
+
+
+def _draw(draw: Callable[[], None]) -> None:
+    try:
+        draw()
+    except DependencyError as error:
+        print(f"no plot: {error}", file=sys.stderr)
+
+
+def _report(args: argparse.Namespace, results: dict[str, Results], comparison: Comparison | None) -> None:
+    from flashvlm_export.evaluation.compare import COMPARISON, comparison_table
+    from flashvlm_export.evaluation.plot import PLOT, SELECTORS_PLOT
+    from flashvlm_export.evaluation.results import RESULTS, table
+
     say = talk(args.json)
-    for line in table(results):
+    record, plot = (RESULTS, PLOT) if comparison is None else (COMPARISON, SELECTORS_PLOT)
+    for line in table(next(iter(results.values()))) if comparison is None else comparison_table(comparison):
         say(line)
-    cut_off = sum(figures.cut_off for figures in results.overall)
+    cut_off = sum(figures.cut_off for found in results.values() for figures in found.overall)
     if cut_off:
         say(f"{cut_off} answer(s) were cut off at {args.max_tokens} tokens; --max-tokens allows longer ones")
-    plot: Path | None = args.output / PLOT
-    say(f"results: {args.output / RESULTS}")
-    try:
-        draw_accuracy(results, args.output / PLOT)
-        say(f"plot: {plot}")
-    except DependencyError as error:
-        plot = None
-        print(f"no plot: {error}", file=sys.stderr)
+    say(f"results: {args.output / record}")
+    drawn = (args.output / plot).is_file()
+    if drawn:
+        say(f"plot: {args.output / plot}")
     if args.json:
         printed: dict[str, Any] = {
             "bundle": str(args.bundle),
             "output": str(args.output),
-            "plot": str(plot) if plot else None,
-            "results": results,
+            "plot": str(args.output / plot) if drawn else None,
+            "results": next(iter(results.values())) if comparison is None else comparison,
         }
         print_json(printed)

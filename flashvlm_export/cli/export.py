@@ -52,6 +52,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another setting of the selector, such as eta=0.4",
     )
     parser.add_argument(
+        "--split",
+        metavar="LIST",
+        nargs="?",
+        const="",
+        help="also write encoder and selector as graphs of their own, so that an image is encoded once for many "
+        "questions; LIST: further selectors to write, with commas, or all",
+    )
+    parser.add_argument(
         "--decoder",
         choices=("auto", "none", "fp32", "fp16", "int4"),
         default="auto",
@@ -84,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
         precisions=_precisions(args.precision),
         selector=args.selector,
         selection=_settings(args.selector, args.set, args.diversity),
+        split=args.split is not None,
+        further_selectors=_further_selectors(args.split, args.selector),
         decoder=args.decoder,
         engine_check=args.engine_check,
         overwrite=args.overwrite,
@@ -116,6 +126,13 @@ def _precisions(text: str) -> list[Precision]:
     except ValueError:
         raise ConfigError("unknown precision", received=repr(text), expected="fp32, fp16, or fp32,fp16") from None
     return list(dict.fromkeys(chosen))
+
+
+def _further_selectors(text: str | None, own: str) -> list[str]:
+    if not text:
+        return []
+    names = list(SELECTORS) if text == "all" else [name.strip() for name in text.split(",")]
+    return [name for name in dict.fromkeys(names) if name != own]
 
 
 def _settings(selector: str, texts: list[str], diversity: str | None) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from
+from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selectors_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import UsageError
 
@@ -66,7 +66,10 @@ def run(args: argparse.Namespace) -> None:
         from flashvlm_export.runtime.heatmap import check_picture_path
 
         check_picture_path(args.heatmap)
-    pipeline = pipeline_from(args, Bundle.open(args.bundle), with_llm=not args.visual_only)
+    bundle = Bundle.open(args.bundle)
+    if len(selectors_from(args, bundle) or ()) > 1:
+        raise UsageError("one run has one selector", received=args.selector, expected="a single name")
+    pipeline = pipeline_from(args, bundle, with_llm=not args.visual_only)
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:

@@ -1,9 +1,9 @@
-"""Asks every question at every budget, but for what the journal has an answer to."""
+"""Asks every question of every selector at every budget, but for what a journal has an answer to."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +31,8 @@ class Reply:
     finish_reason: str
 
 
-Ask = Callable[[Path, str, int], Reply]
-"""Image, question and token budget → answer."""
+Ask = Callable[[Path, str, int, str], Reply]
+"""Image, question, token budget and selector → answer."""
 
 
 def parse_budgets(text: str | None, visual_tokens: int) -> list[int]:
@@ -67,19 +67,37 @@ def parse_budgets(text: str | None, visual_tokens: int) -> list[int]:
     return sorted(budgets, reverse=True)
 
 
-def bundle_sha256(bundle: Bundle, precision: Precision, engine: Engine | None) -> str:
+def bundle_sha256(
+    bundle: Bundle, precision: Precision, engine: Engine | None = None, selector: str | None = None
+) -> str:
     """Return one hash over everything in ``bundle`` that takes part in an answer.
 
     Other graphs, engines and calibration tables stay out, so that adding one does not make recorded answers foreign.
+
+    Args:
+        bundle: an opened bundle.
+        precision: of the graph.
+        engine: that is run instead of the graph.
+        selector: that is run as a graph of its own, behind the encoder.
     """
-    graphs = tuple(entry.file for entry in bundle.manifest.graphs.values())
+    manifest = bundle.manifest
+    graphs = tuple(entry.file for entry in manifest.graphs.values())
+    halves = {name for precision in Precision for name in bundle.split_files(precision)}
     parts = [
         f"{name} {entry.sha256}"
-        for name, entry in sorted(bundle.manifest.files.items())
-        if not name.startswith(graphs) and not name.startswith("calibration/")
+        for name, entry in sorted(manifest.files.items())
+        if not name.startswith(graphs) and name not in halves and not name.startswith("calibration/")
     ]
-    parts.append(engine.entry.engine_sha256 if engine else bundle.graph_sha256(precision))
-    parts.append(msgspec.json.encode(bundle.manifest.prompt).decode())
+    if engine is not None:
+        parts.append(engine.entry.engine_sha256)
+    elif selector is not None:
+        split = bundle.split_graphs(precision)
+        weights = [name for name in bundle.graph_files(precision) if name != manifest.graphs[precision.value].file]
+        names = [split.encoder.file, split.selectors[selector].file, *weights]
+        parts += [f"{name} {manifest.files[name].sha256}" for name in names]
+    else:
+        parts.append(bundle.graph_sha256(precision))
+    parts.append(msgspec.json.encode(manifest.prompt).decode())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -102,66 +120,83 @@ def answer_missing(
     questions: Sequence[Question],
     keys: Sequence[str],
     budgets: Sequence[int],
-    journal: Journal,
+    journals: Mapping[str, Journal],
     model: AbstractContextManager[Ask],
     progress: Progress,
+    *,
+    visual_tokens: int,
 ) -> int:
-    """Ask what the journal does not know, budget by budget, and return how many answers were new.
+    """Ask what the journals do not know, question by question, and return how many answers were new.
 
     Args:
         questions: what to ask.
         keys: their hashes.
         budgets: token budgets.
-        journal: takes each answer as it comes.
+        journals: by selector; each takes its answers as they come.
         model: entered only if there is something to ask.
-        progress: shows a bar for each budget.
+        progress: shows a bar over the questions.
+        visual_tokens: the budget that keeps every token, whatever the selector: asked of the first one alone.
 
     Raises:
         EvaluationError: naming each question that could not be answered; the others were.
     """
-    missing = {budget: list(_missing(questions, keys, budget, journal)) for budget in budgets}
-    if not any(missing.values()):
+    missing = _missing(questions, keys, budgets, journals)
+    if not missing:
         return 0
     failures: list[str] = []
     new = 0
+    total = sum(len(cells) for _, cells in missing.values())
+    progress.step(f"{total} answer(s) to {len(missing)} question(s) are missing")
     with model as ask:
-        for budget, pending in missing.items():
-            done = len(questions) - len(pending)
-            progress.step(
-                f"budget {budget}: {len(pending)} question(s)" + (f", {done} answered before" if done else "")
+        for key, (question, cells) in progress.track(list(missing.items()), "questions"):
+            unpruned = next(
+                (j.answers[key, visual_tokens] for j in journals.values() if (key, visual_tokens) in j.answers), None
             )
-            for key, question in progress.track(pending, "questions"):
+            for selector, budget in cells:
+                if budget == visual_tokens and unpruned is not None:
+                    journals[selector].add(unpruned)
+                    new += 1
+                    continue
                 try:
-                    reply = ask(question.image, question.question, budget)
+                    reply = ask(question.image, question.question, budget, selector)
                 except (ImageError, PromptError, LLMError) as error:
                     detail = f" ({error.received})" if error.received is not None else ""
                     failures.append(f"{question.id} at budget {budget}: {error.what}{detail}")
                     if len(failures) == _MOST_FAILURES:
-                        raise _failed(failures, journal, stopped=True) from error
+                        raise _failed(failures, journals, stopped=True) from error
                     continue
-                journal.add(AnswerLine(key, budget, question.id, reply.text, reply.new_tokens, reply.finish_reason))
+                answer = AnswerLine(key, budget, question.id, reply.text, reply.new_tokens, reply.finish_reason)
+                journals[selector].add(answer)
+                unpruned = answer if budget == visual_tokens else unpruned
                 new += 1
     if failures:
-        raise _failed(failures, journal, stopped=False)
+        raise _failed(failures, journals, stopped=False)
     return new
 
 
 def _missing(
-    questions: Sequence[Question], keys: Sequence[str], budget: int, journal: Journal
-) -> Iterator[tuple[str, Question]]:
-    """Yield each question that has no answer at ``budget``; of several that look the same to the model, the first."""
-    seen = set()
+    questions: Sequence[Question], keys: Sequence[str], budgets: Sequence[int], journals: Mapping[str, Journal]
+) -> dict[str, tuple[Question, list[tuple[str, int]]]]:
+    """Return each question that lacks an answer, with the selectors and budgets it lacks it at.
+
+    Of several questions that look the same to the model, the first is asked.
+    """
+    missing = {}
     for key, question in zip(keys, questions, strict=True):
-        if (key, budget) not in journal.answers and key not in seen:
-            seen.add(key)
-            yield key, question
+        cells = [
+            (name, budget) for name in journals for budget in budgets if (key, budget) not in journals[name].answers
+        ]
+        if cells and key not in missing:
+            missing[key] = question, cells
+    return missing
 
 
-def _failed(failures: list[str], journal: Journal, *, stopped: bool) -> EvaluationError:
+def _failed(failures: list[str], journals: Mapping[str, Journal], *, stopped: bool) -> EvaluationError:
+    kept = sum(len(journal.answers) for journal in journals.values())
     return EvaluationError(
         f"{len(failures)} question(s) could not be answered" + (", so the evaluation stopped" if stopped else ""),
         received="\n            ".join(failures),
         expected="an answer to every question",
-        hint=f"mend them or take them out of the data set, then run the same command again: {len(journal.answers)} "
-        f"answers are kept in {journal.path}",
+        hint=f"mend them or take them out of the data set, then run the same command again: {kept} answers "
+        f"are kept in {', '.join(str(journal.path) for journal in journals.values())}",
     )

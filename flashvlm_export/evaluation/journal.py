@@ -36,6 +36,7 @@ class RunSettings:
         backend: what ran it, such as ``onnxruntime CPUExecutionProvider``.
         max_new_tokens: answers end after this many tokens.
         text_span: text that guides selection.
+        selector: that chose the visual tokens; for people, its graph is part of the hash.
     """
 
     model: str
@@ -44,6 +45,7 @@ class RunSettings:
     backend: str
     max_new_tokens: int
     text_span: str
+    selector: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,38 +134,12 @@ class Journal:
         if len(whole) < len(content):
             with storage_errors(self.path):
                 os.ftruncate(self._descriptor, len(whole))
-        lines = whole.splitlines()
-        if not lines:
+        if not whole:
             self._append(_Header(SCHEMA_VERSION, self.settings))
             return
-        self._check_header(lines[0])
-        for line in lines[1:]:
-            try:
-                answer = msgspec.json.decode(line, type=AnswerLine)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                self.damaged += 1
-                continue
-            self.answers[answer.question, answer.budget] = answer
-
-    def _check_header(self, line: bytes) -> None:
-        try:
-            version = msgspec.json.decode(line, type=_Version).schema_version
-            header = msgspec.json.decode(line, type=_Header) if version <= SCHEMA_VERSION else None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise JournalError(
-                "the first line of the recorded answers is damaged, so nobody knows which bundle gave them",
-                received=f"{self.path}: {error}",
-                hint="give another --output, or move this file away to answer everything again",
-            ) from None
-        if header is None:
-            raise JournalError(
-                "the answers were recorded by a newer flashvlm-export",
-                received=f"{self.path}: schema version {version}",
-                expected=f"at most {SCHEMA_VERSION}",
-                hint="upgrade this package, or give another --output",
-            )
+        header, self.answers, self.damaged = _parse(whole, self.path)
         recorded, wanted = dataclasses.asdict(header.settings), dataclasses.asdict(self.settings)
-        differing = [name for name in wanted if name != "model" and recorded[name] != wanted[name]]
+        differing = [name for name in wanted if name not in ("model", "selector") and recorded[name] != wanted[name]]
         if differing:
             raise JournalError(
                 "the output directory holds answers that were given under other settings",
@@ -207,3 +183,49 @@ class Journal:
 @dataclass(frozen=True)
 class _Version:
     schema_version: int
+
+
+def read_answers(directory: Path) -> tuple[RunSettings, dict[tuple[str, int], AnswerLine]]:
+    """Return what a directory's answers depend on, and the answers by question hash and budget; nothing is written.
+
+    Raises:
+        JournalError: if its first line is damaged, or of a newer version.
+    """
+    path = directory / JOURNAL
+    content = path.read_bytes()
+    header, answers, _ = _parse(content[: content.rfind(b"\n") + 1], path)
+    return header.settings, answers
+
+
+def _parse(lines: bytes, path: Path) -> tuple[_Header, dict[tuple[str, int], AnswerLine], int]:
+    """Return header, answers, and how many lines are damaged."""
+    first, *others = lines.splitlines() or [b""]
+    answers, damaged = {}, 0
+    for line in others:
+        try:
+            answer = msgspec.json.decode(line, type=AnswerLine)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            damaged += 1
+            continue
+        answers[answer.question, answer.budget] = answer
+    return _parse_header(first, path), answers, damaged
+
+
+def _parse_header(line: bytes, path: Path) -> _Header:
+    try:
+        version = msgspec.json.decode(line, type=_Version).schema_version
+        header = msgspec.json.decode(line, type=_Header) if version <= SCHEMA_VERSION else None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise JournalError(
+            "the first line of the recorded answers is damaged, so nobody knows which bundle gave them",
+            received=f"{path}: {error}",
+            hint="give another --output, or move this file away to answer everything again",
+        ) from None
+    if header is None:
+        raise JournalError(
+            "the answers were recorded by a newer flashvlm-export",
+            received=f"{path}: schema version {version}",
+            expected=f"at most {SCHEMA_VERSION}",
+            hint="upgrade this package, or give another --output",
+        )
+    return header

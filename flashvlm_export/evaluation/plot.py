@@ -1,22 +1,70 @@
-"""``accuracy.svg``: each kind's headline figure over the token budget, with its interval."""
+"""Figures over the token budget: each kind's in ``accuracy.svg``, each selector's in ``selectors.svg``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flashvlm_export.errors import DependencyError, install_hint
-from flashvlm_export.evaluation.results import BudgetFigures, Results
+from flashvlm_export.evaluation.compare import Comparison
+from flashvlm_export.evaluation.results import Estimate, Results
 from flashvlm_export.files import atomic_write
 
 PLOT = "accuracy.svg"
 
 
+SELECTORS_PLOT = "selectors.svg"
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a picture: its label, and its estimates by budget."""
+
+    label: str
+    points: Mapping[int, Estimate]
+    heavy: bool = False
+
+
 def draw_accuracy(results: Results, path: Path) -> None:
-    """Write the picture; its format follows the ending of ``path``.
+    """Draw each kind's headline figure, and their mean; the picture's format follows the ending of ``path``.
 
     Raises:
         DependencyError: if matplotlib is not installed.
     """
+    lines = [
+        _Line(f"{kind.kind} ({kind.headline})", {row.budget: row.figures[kind.headline] for row in kind.budgets})
+        for kind in results.kinds
+    ]
+    if len(lines) > 1:
+        lines.append(
+            _Line("all kinds (mean)", {row.budget: row.figures["mean"] for row in results.overall}, heavy=True)
+        )
+    settings = results.settings
+    title = _title(settings.model, settings.precision, results.dataset.questions)
+    _draw(lines, path, title, "score", results.visual_tokens)
+
+
+def draw_selectors(comparison: Comparison, path: Path) -> None:
+    """Draw each selector's score relative to no pruning, or its mean score where that was not run.
+
+    Raises:
+        DependencyError: if matplotlib is not installed.
+    """
+    points: dict[str, dict[int, Estimate]] = {}
+    for row in comparison.selectors:
+        points.setdefault(row.selector, {})[row.budget] = row.relative or row.mean
+    lines = [_Line(name, rows, heavy=number == 0) for number, (name, rows) in enumerate(points.items())]
+    label = "mean score" if comparison.selectors[0].relative is None else "score relative to no pruning"
+    title = _title(comparison.model, comparison.precision, comparison.dataset.questions)
+    _draw(lines, path, title, label, comparison.visual_tokens)
+
+
+def _title(model: str, precision: str, questions: int) -> str:
+    return f"{model.rstrip('/').rpartition('/')[2]}, {precision}, {questions} questions"
+
+
+def _draw(lines: Sequence[_Line], path: Path, title: str, label: str, visual_tokens: int) -> None:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -29,47 +77,40 @@ def draw_accuracy(results: Results, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "flashvlm", "svg.fonttype": "none"}):
         figure = Figure(figsize=(8.5, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        lines = [(kind.kind, kind.headline, kind.budgets) for kind in results.kinds]
-        if len(lines) > 1:
-            lines.append(("all kinds", "mean", results.overall))
-        for name, headline, budgets in lines:
-            x, y, below, above = _points(headline, budgets)
-            heavy = name == "all kinds"
+        for line in lines:
+            x, y, below, above = _points(line.points)
             axes.errorbar(
                 x,
                 y,
                 yerr=(below, above),
-                label=f"{name} ({headline})",
+                label=line.label,
                 marker="o",
                 capsize=3,
-                color="black" if heavy else None,
-                linewidth=2.5 if heavy else 1.5,
+                color="black" if line.heavy else None,
+                linewidth=2.5 if line.heavy else 1.5,
             )
-        ticks = sorted({figures.budget for _, _, budgets in lines for figures in budgets})
+        ticks = sorted({budget for line in lines for budget in line.points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_xlabel(f"visual tokens kept, of {results.visual_tokens}")
-        axes.set_ylabel("score, with 95 % interval")
-        model = results.settings.model.rstrip("/").rpartition("/")[2]
-        axes.set_title(f"{model}, {results.settings.precision}, {results.dataset.questions} questions")
+        axes.set_xlabel(f"visual tokens kept, of {visual_tokens}")
+        axes.set_ylabel(f"{label}, with 95 % interval")
+        axes.set_title(title)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", fontsize="small")
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix.removeprefix("."), metadata={"Date": None})
 
 
-def _points(headline: str, budgets: list[BudgetFigures]) -> tuple[list[float], ...]:
+def _points(estimates: Mapping[int, Estimate]) -> tuple[list[float], ...]:
     """Return budgets, values, and how far the interval reaches below and above; undefined values are left out."""
     columns: tuple[list[float], ...] = ([], [], [], [])
-    for figures in budgets:
-        estimate = figures.figures[headline]
-        if estimate.value is None:
+    for budget, found in estimates.items():
+        if found.value is None:
             continue
-        low = estimate.value if estimate.low is None else min(estimate.low, estimate.value)
-        high = estimate.value if estimate.high is None else max(estimate.high, estimate.value)
-        for column, number in zip(
-            columns, (figures.budget, estimate.value, estimate.value - low, high - estimate.value), strict=True
-        ):
+        low = found.value if found.low is None else min(found.low, found.value)
+        high = found.value if found.high is None else max(found.high, found.value)
+        numbers = (budget, found.value, found.value - low, high - found.value)
+        for column, number in zip(columns, numbers, strict=True):
             column.append(number)
     return columns

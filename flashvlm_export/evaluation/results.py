@@ -115,16 +115,43 @@ def summarise(
         visual_tokens: the budget that counts as no pruning.
         seed: of the bootstrap.
     """
-    kinds: dict[str, list[tuple[str, Question]]] = {}
-    for key, question in zip(keys, questions, strict=True):
-        kinds.setdefault(question.kind, []).append((key, question))
     results: list[KindResult] = []
     headlines: list[_Draws] = []
-    for kind, items in kinds.items():
-        result, headline = _kind(kind, items, budgets, answers, visual_tokens, seed)
+    columns = [{key: answers[key, budget] for key in keys} for budget in budgets]
+    unpruned = budgets.index(visual_tokens) if visual_tokens in budgets else None
+    for kind, items in by_kind(questions, keys).items():
+        result, headline = _kind(kind, items, budgets, columns, unpruned, seed)
         results.append(result)
         headlines.append(headline)
     return results, _overall(results, headlines, budgets)
+
+
+Item = tuple[str, Question]
+"""A question with its hash."""
+
+Column = Mapping[str, AnswerLine]
+"""One answer to each question, by its hash: those of one budget, say."""
+
+
+def by_kind(questions: Sequence[Question], keys: Sequence[str]) -> dict[str, list[Item]]:
+    """Return the questions of each kind, with their hashes."""
+    kinds: dict[str, list[Item]] = {}
+    for key, question in zip(keys, questions, strict=True):
+        kinds.setdefault(question.kind, []).append((key, question))
+    return kinds
+
+
+def resampled_figures(kind: str, items: Sequence[Item], columns: Sequence[Column], seed: int) -> list[dict[str, Array]]:
+    """Return for each column the figures of one kind: ``[1 + draws]``, first as measured.
+
+    Every draw holds the same questions for all columns.
+    """
+    metric = items[0][1].metric
+    grouped = any(question.group is not None for _, question in items)
+    rows = _rows(items, columns, metric, grouped)
+    draws = resampled_sums(rows.reshape(len(rows), -1), seed=seed ^ zlib.crc32(kind.encode()))
+    sums = np.concatenate([rows.sum(axis=0).reshape(1, -1), draws]).reshape(len(draws) + 1, len(columns), -1)
+    return [_figures(metric, sums[:, place], grouped) for place in range(len(columns))]
 
 
 @dataclass(frozen=True)
@@ -137,36 +164,31 @@ class _Draws:
 
 def _kind(
     kind: str,
-    items: Sequence[tuple[str, Question]],
+    items: Sequence[Item],
     budgets: Sequence[int],
-    answers: Mapping[tuple[str, int], AnswerLine],
-    visual_tokens: int,
+    columns: Sequence[Column],
+    unpruned: int | None,
     seed: int,
 ) -> tuple[KindResult, _Draws]:
     metric = items[0][1].metric
-    grouped = any(question.group is not None for _, question in items)
-    rows, clusters = _rows(items, budgets, answers, metric, grouped)
-    draws = resampled_sums(rows.reshape(clusters, -1), seed=seed ^ zlib.crc32(kind.encode()))
-    sums = np.concatenate([rows.sum(axis=0).reshape(1, -1), draws]).reshape(len(draws) + 1, len(budgets), -1)
-    figures = [_figures(metric, sums[:, place], grouped) for place in range(len(budgets))]
+    figures = resampled_figures(kind, items, columns, seed)
     values = [found[metric.headline] for found in figures]
     ratios = None
-    if visual_tokens in budgets:
-        unpruned = values[budgets.index(visual_tokens)]
+    if unpruned is not None:
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = [value / unpruned for value in values]
+            ratios = [value / values[unpruned] for value in values]
     result = KindResult(
         kind,
         metric.name,
         metric.headline,
         len(items),
-        clusters,
+        len(_clusters(items)),
         [
             BudgetFigures(
                 budget,
-                {name: _estimate(figure) for name, figure in figures[place].items()},
-                _estimate(ratios[place]) if ratios else None,
-                sum(answers[key, budget].finish_reason == "length" for key, _ in items),
+                {name: estimate(figure) for name, figure in figures[place].items()},
+                estimate(ratios[place]) if ratios else None,
+                sum(columns[place][key].finish_reason == "length" for key, _ in items),
             )
             for place, budget in enumerate(budgets)
         ],
@@ -174,30 +196,29 @@ def _kind(
     return result, _Draws(values, ratios)
 
 
-def _rows(
-    items: Sequence[tuple[str, Question]],
-    budgets: Sequence[int],
-    answers: Mapping[tuple[str, int], AnswerLine],
-    metric: Metric,
-    grouped: bool,
-) -> tuple[Array, int]:
-    """Return summed rows ``[clusters, budgets, numbers]`` and the number of clusters.
+def _clusters(items: Sequence[Item]) -> list[list[Item]]:
+    """Return the questions that are drawn together: groups, and single questions."""
+    groups: dict[object, list[Item]] = {}
+    for place, (key, question) in enumerate(items):
+        groups.setdefault(place if question.group is None else question.group, []).append((key, question))
+    return list(groups.values())
+
+
+def _rows(items: Sequence[Item], columns: Sequence[Column], metric: Metric, grouped: bool) -> Array:
+    """Return summed rows ``[clusters, columns, numbers]``.
 
     Numbers are the metric's own, then 1 where all questions of the cluster are right (if ``grouped``), then 1.
     """
-    groups: dict[object, list[tuple[str, Question]]] = {}
-    for place, (key, question) in enumerate(items):
-        groups.setdefault(place if question.group is None else question.group, []).append((key, question))
     clusters = []
-    for members in groups.values():
-        by_budget = []
-        for budget in budgets:
-            texts = [(answers[key, budget].text, question) for key, question in members]
+    for members in _clusters(items):
+        by_column = []
+        for column in columns:
+            texts = [(column[key].text, question) for key, question in members]
             own = np.sum([metric.row(text, question) for text, question in texts], axis=0)
             right = grouped and all(metric.score(text, question) == 1 for text, question in texts)
-            by_budget.append([*own, float(right), 1.0])
-        clusters.append(by_budget)
-    return np.array(clusters, np.float64), len(clusters)
+            by_column.append([*own, float(right), 1.0])
+        clusters.append(by_column)
+    return np.array(clusters, np.float64)
 
 
 def _figures(metric: Metric, sums: Array, grouped: bool) -> dict[str, Array]:
@@ -214,15 +235,16 @@ def _overall(kinds: Sequence[KindResult], draws: Sequence[_Draws], budgets: Sequ
         overall.append(
             BudgetFigures(
                 budget,
-                {"mean": _estimate(np.mean([kind.values[place] for kind in draws], axis=0))},
-                _estimate(np.mean(ratios, axis=0)) if ratios else None,
+                {"mean": estimate(np.mean([kind.values[place] for kind in draws], axis=0))},
+                estimate(np.mean(ratios, axis=0)) if ratios else None,
                 sum(kind.budgets[place].cut_off for kind in kinds),
             )
         )
     return overall
 
 
-def _estimate(measured_and_draws: Array) -> Estimate:
+def estimate(measured_and_draws: Array) -> Estimate:
+    """Return the first of ``[1 + draws]`` with the interval of the others."""
     value = float(measured_and_draws[0])
     bounds = interval(measured_and_draws[1:])
     return Estimate(value if np.isfinite(value) else None, *(bounds or (None, None)))
@@ -242,25 +264,38 @@ def table(results: Results) -> list[str]:
                 if name in (kind.headline, "group_accuracy"):
                     relative = figures.relative if name == kind.headline else None
                     rows.append(
-                        (kind.kind, name, str(kind.questions), str(figures.budget), _text(estimate), _text(relative))
+                        (
+                            kind.kind,
+                            name,
+                            str(kind.questions),
+                            str(figures.budget),
+                            text_of(estimate),
+                            text_of(relative),
+                        )
                     )
     if len(results.kinds) > 1:
         count = str(results.dataset.questions)
         rows += [
-            ("all kinds", "mean", count, str(f.budget), _text(f.figures["mean"]), _text(f.relative))
+            ("all kinds", "mean", count, str(f.budget), text_of(f.figures["mean"]), text_of(f.relative))
             for f in results.overall
         ]
+    return aligned(rows, right=(2, 3))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Return ``rows`` as lines with columns of even width, those of ``right`` flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
         "  ".join(
-            cell.rjust(width) if 2 <= column <= 3 else cell.ljust(width)
+            cell.rjust(width) if column in right else cell.ljust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
 
 
-def _text(estimate: Estimate | None) -> str:
+def text_of(estimate: Estimate | None) -> str:
+    """Return a figure with its interval, or ``-`` where there is none."""
     if estimate is None or estimate.value is None:
         return "-"
     if estimate.low is None or estimate.high is None:

@@ -15,9 +15,9 @@ from flashvlm_export.specs import GraphSpec, Precision, VisualDims, visual_graph
 
 @dataclass(frozen=True)
 class GraphInputs:
-    """Sample inputs of the visual graph together with its contract, dynamic dimensions included."""
+    """Sample inputs of a graph together with its contract, dynamic dimensions included."""
 
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    tensors: tuple[Tensor, ...]
     spec: GraphSpec
 
 

@@ -13,8 +13,19 @@ DIVERSITIES: tuple[Diversity, ...] = ("bipartite", "farthest")
 _ANY = float("inf")
 
 
+class _Settings:
+    """What all settings have.
+
+    Attributes:
+        rounding: relative noise on the inputs that does to the oracle's decisions what float32 does to the graph's:
+            some units of its last place. Two tokens that this exchanges are a tie.
+    """
+
+    rounding: ClassVar[float] = 1e-6
+
+
 @dataclass(frozen=True)
-class FlashVLMConfig:
+class FlashVLMConfig(_Settings):
     """How FlashVLM weighs saliency, relevance and diversity (arXiv 2512.20561).
 
     Attributes:
@@ -72,7 +83,7 @@ class FlashVLMConfig:
         )
 
 
-class _KeepsBestScores:
+class _KeepsBestScores(_Settings):
     """For selectors whose kept tokens all follow one score, so that rounding moves them only at its border."""
 
     is_stable: ClassVar[bool] = True
@@ -110,7 +121,7 @@ class ClsAttentionConfig(_KeepsBestScores):
 
 
 @dataclass(frozen=True)
-class VisPrunerConfig:
+class VisPrunerConfig(_Settings):
     """How VisPruner divides the budget (arXiv 2412.01818).
 
     Attributes:
@@ -135,7 +146,7 @@ class VisPrunerConfig:
 
 
 @dataclass(frozen=True)
-class VisionZipConfig:
+class VisionZipConfig(_Settings):
     """How VisionZip divides the budget (arXiv 2412.04467).
 
     Attributes:
@@ -160,7 +171,7 @@ class VisionZipConfig:
 
 
 @dataclass(frozen=True)
-class DivPruneConfig:
+class DivPruneConfig(_Settings):
     """DivPrune has nothing to set (arXiv 2503.02175)."""
 
     # Everything hangs on which token comes first.
@@ -172,11 +183,12 @@ class DivPruneConfig:
 
 
 @dataclass(frozen=True)
-class CDPrunerConfig:
+class CDPrunerConfig(_Settings):
     """CDPruner has nothing to set (arXiv 2506.10967)."""
 
     # What is left unexplained shrinks with every token kept, and the differences between tokens with it.
     is_stable: ClassVar[bool] = False
+    rounding: ClassVar[float] = 3e-5
 
     def important_tokens(self, budget: int) -> int:
         """Return 0: no token is kept for its relevance alone."""

@@ -26,6 +26,7 @@ class DivPrune(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return ``(kept bool [B,N], scores float32 [B,N])``."""
         likeness = likeness_matrix(visual_tokens)
-        itself = torch.eye(likeness.shape[1], dtype=torch.bool, device=likeness.device)
+        place = torch.arange(likeness.shape[1], device=likeness.device)
+        itself = place[:, None] == place  # torch.eye exports as uint16, which TensorRT does not read
         distance = -torch.where(itself, NEVER, likeness).amax(-1)
         return farthest(likeness, distance, torch.ones_like(budget), budget), minmax(distance)

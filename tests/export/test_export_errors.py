@@ -53,7 +53,7 @@ from flashvlm_export.models import adapter_class
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.progress import Progress
 from flashvlm_export.selection import FlashVLMConfig, get_selector
-from flashvlm_export.specs import GraphSpec, Precision
+from flashvlm_export.specs import ENCODER_OUTPUTS, GraphSpec, Precision
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,7 +94,7 @@ def read_exported(checkpoint: Path, bundle: Path, precision: Precision, director
     for name in (file.name, f"{file.name}.data"):
         shutil.copy(bundle / name, directory / name)
     model = onnx.load(file, load_external_data=False)
-    for name in onnx_graph.PROBE_OUTPUTS:
+    for name in ENCODER_OUTPUTS:
         model.graph.output.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     onnx.save(model, file.with_suffix(".probe.onnx"))
     inputs = adapter.inputs(precision, batch=2, text=9, budget=5)
@@ -457,7 +457,7 @@ class Export:
 
 @pytest.fixture
 def export(tiny_checkpoint: Path, pristine: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Export:
-    monkeypatch.setattr(onnx_graph, "_translate", lambda module, inputs: onnx_ir.load(pristine.graph.probe))
+    monkeypatch.setattr(onnx_graph, "_translate", lambda module, inputs, outputs: onnx_ir.load(pristine.graph.probe))
     (tmp_path / "out").mkdir()
     checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint")
     return Export(checkpoint, tmp_path / "out" / "bundle")
@@ -599,7 +599,7 @@ class TestFailedCheck:
     ) -> None:
         spoilt = pristine.copy(tmp_path / "spoilt")
         weight_in(spoilt, (64, 64))[...] = 0
-        monkeypatch.setattr(onnx_graph, "_translate", lambda module, inputs: onnx_ir.load(spoilt.graph.probe))
+        monkeypatch.setattr(onnx_graph, "_translate", lambda module, inputs, outputs: onnx_ir.load(spoilt.graph.probe))
         message = export.fails(ExportError, "'projected_tokens' of the fp32 graph differs", overwrite=True)
         assert "no bundle was written" in message
 

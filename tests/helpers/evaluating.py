@@ -28,6 +28,7 @@ class CountingModel:
     def __init__(self, rule: Callable[[Path, str, int], str | BaseException]) -> None:
         self.rule = rule
         self.asked: list[tuple[str, str, int]] = []
+        self.selectors: list[tuple[str, int]] = []
         self.opened = 0
 
     @contextmanager
@@ -35,8 +36,9 @@ class CountingModel:
         self.opened += 1
         yield self._ask
 
-    def _ask(self, image: Path, question: str, budget: int) -> Reply:
+    def _ask(self, image: Path, question: str, budget: int, selector: str) -> Reply:
         self.asked.append((image.name, question, budget))
+        self.selectors.append((selector, budget))
         said = self.rule(image, question, budget)
         if isinstance(said, BaseException):
             raise said

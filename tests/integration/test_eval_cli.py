@@ -75,7 +75,7 @@ def test_figures_and_resuming(
     assert main([*command, "--budgets", "full,4", "--json"]) == 0
     captured = capsys.readouterr()
     printed = json.loads(captured.out)
-    assert "budget 4: 5 question(s)" in captured.err
+    assert "10 answer(s) to 5 question(s) are missing" in captured.err
     assert len(calls) == 10
 
     results = printed["results"]
@@ -275,7 +275,7 @@ def test_a_process_that_is_stopped_goes_on(
     assert 4 < len(before) < 150
     if number is signal.SIGINT:
         assert process.returncode == 130
-        assert f"{len(before)} answers are kept in {journal}" in error
+        assert f"{len(before)} answers are kept in {journal.parent}" in error
         assert "Traceback" not in error
     subprocess.run(command, check=True, capture_output=True)
     after = [json.loads(line)["id"] for line in journal.read_text().splitlines()[1:]]
@@ -387,3 +387,59 @@ def test_it_needs_neither_torch_nor_matplotlib(tiny_bundle: Path, data: Path, tm
     )
     assert done.returncode == 0, done.stderr
     assert "all kinds" in done.stdout
+
+
+def test_selectors_side_by_side(
+    tiny_bundle: Path, data: Path, tmp_path: Path, calls: list[tuple[str, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["eval", str(tiny_bundle), "--data", str(data), "--output", str(out), "--budgets", "full,4", *SHORT]
+    assert main([*command, "--selector", "flashvlm,divprune", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(calls) == 15  # what keeps every token is asked once
+    assert printed["results"] == json.loads((out / "comparison.json").read_text())
+    assert [(row["selector"], row["budget"]) for row in printed["results"]["selectors"]] == [
+        ("flashvlm", 16),
+        ("flashvlm", 4),
+        ("divprune", 16),
+        ("divprune", 4),
+    ]
+    assert "divprune" in (out / "selectors.svg").read_text()
+    # The fused graph, in a directory of its own, says the same as its two halves.
+    fused = tmp_path / "fused"
+    assert main(["eval", str(tiny_bundle), "--data", str(data), "--output", str(fused), *SHORT, "--budgets", "4"]) == 0
+    said = {row["id"]: row["text"] for row in map(json.loads, (fused / "answers.jsonl").read_text().splitlines()[1:])}
+    halves = [json.loads(line) for line in (out / "flashvlm" / "answers.jsonl").read_text().splitlines()[1:]]
+    assert {row["id"]: row["text"] for row in halves if row["budget"] == 4} == said
+
+    # Another selector joins; what is answered is not asked again, and what lies beside it is compared too.
+    calls.clear()
+    capsys.readouterr()
+    shutil.copytree(out / "divprune", out / "downsampling")
+    assert main([*command, "--selector", "all"]) == 0
+    assert len(calls) == 5
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[1:9:2]] == [
+        "flashvlm",
+        "divprune",
+        "cdpruner",
+        "downsampling",
+    ]
+
+
+def test_selectors_that_are_not_there(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["eval", str(tiny_bundle), "--data", str(data), "--output", str(out), "--selector"]
+    assert main([*command, "flashvlm,uniform"]) == 2
+    message = capsys.readouterr().err
+    assert "no such selector" in message
+    assert "--split flashvlm,divprune,cdpruner,uniform" in message
+    assert not out.exists()
+    image = str(data.parent / "0.png")
+    run = ["run", str(tiny_bundle), "--image", image, "--prompt", "What?", "--selector"]
+    assert main([*run, "flashvlm,divprune"]) == 2
+    assert "a single name" in capsys.readouterr().err
+    assert main([*run, "divprune", "--budget", "4", "--max-tokens", "2"]) == 0
+    assert "encode" in capsys.readouterr().out
