@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import flashvlm_export
 from flashvlm_export.errors import CheckpointError, ConfigError
 from flashvlm_export.export.checkpoint import Checkpoint, RandomWeights, WeightSource, read_config, weight_index
-from flashvlm_export.models import MODELS, adapter_class, find_model
+from flashvlm_export.models import MODELS, ModelEntry, adapter_class, find_model
 
 # Everything an export reads, and nothing else (no pickled weights).
 _FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -20,7 +21,8 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
 
     Args:
         model: registry name, hub id, or checkpoint directory; a label where ``weights`` is a directory.
-        weights: ``auto`` (local Hugging Face cache, then the hub), ``random`` or ``random:SEED``, or a directory.
+        weights: ``auto`` (the local Hugging Face cache, then the hub; a model of this repository from there),
+            ``random`` or ``random:SEED``, or a directory.
         revision: branch, tag or commit on the hub.
 
     Raises:
@@ -42,6 +44,8 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
         directory = Path(weights)
     elif model and Path(model).is_dir():
         directory = Path(model)
+    elif entry is not None and entry.repo.startswith("./"):
+        directory = _in_repository(entry)
     elif entry is not None or _HUB_ID.fullmatch(model):
         directory, revision = _snapshot(entry.repo if entry else model, revision), None
     elif "/" in model:
@@ -56,6 +60,19 @@ def open_weights(model: str, weights: str, *, revision: str | None = None) -> We
     if revision is not None:
         raise ConfigError("a revision belongs to the hub", received=f"--revision {revision} with {directory}")
     return Checkpoint(directory, adapter_class(read_config(directory)["model_type"]).canonical)
+
+
+def _in_repository(entry: ModelEntry) -> Path:
+    """Return the folder of a checkpoint that this repository carries; an installed wheel does not have it."""
+    directory = Path(flashvlm_export.__file__).parents[1] / entry.repo
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"the weights of {entry.name} are not installed",
+            received=f"no directory {directory}",
+            expected="a clone of the repository, where they lie",
+            hint=f"clone it and run there, or name them: --weights CLONE/{entry.repo.removeprefix('./')}",
+        )
+    return directory
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:

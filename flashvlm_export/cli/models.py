@@ -21,6 +21,6 @@ def run(args: argparse.Namespace) -> None:
     say = talk(False)
     say(f"{'MODEL':<16}{'FAMILY':<10}{'VISUAL TOKENS':<16}{'PARAMETERS':<13}CHECKPOINT")
     for entry in MODELS.values():
-        size = f"{entry.parameters:.1f} B"
+        size = f"{entry.parameters:.1f} B" if entry.parameters >= 0.1 else f"{entry.parameters * 1e3:.1f} M"
         say(f"{entry.name:<16}{entry.family:<10}{entry.visual_tokens:<16}{size:<13}{entry.repo}")
     say("\nAny checkpoint directory of one of these families can be exported too: flashvlm export DIR --output BUNDLE")

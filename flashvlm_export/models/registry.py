@@ -19,7 +19,7 @@ class ModelEntry:
 
     Attributes:
         name: what users type.
-        repo: Hugging Face hub id of the checkpoint.
+        repo: Hugging Face hub id of the checkpoint; or its folder in this repository, beginning with ``./``.
         family: key of :data:`FAMILIES`, equal to ``model_type`` in the checkpoint's ``config.json``.
         visual_tokens: visual tokens of one image before pruning.
         parameters: of the whole model, in billions.
@@ -59,9 +59,41 @@ def _llava_15(name: str, parameters: float, **text: int) -> ModelEntry:
     )
 
 
+_TINY = ModelEntry(
+    name="flashvlm-tiny",
+    repo="./benchmarks/tiny/checkpoint",
+    family="llava",
+    visual_tokens=576,
+    parameters=0.005,
+    config={
+        "model_type": "llava",
+        "image_token_index": 4,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "image_size": 336,
+            "patch_size": 14,
+            "hidden_act": "gelu",
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": 180,
+            "hidden_size": 192,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 1024,
+        },
+    },
+)
+
 MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
+        _TINY,
         _llava_15("llava-1.5-7b", 7.06, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
         _llava_15(
             "llava-1.5-13b",

@@ -59,7 +59,8 @@ def make_config(
 ) -> LlavaConfig:
     """16 visual tokens by default (56 px, patches of 14 px); 336 px gives LLaVA-1.5's 576."""
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=overrides.pop("vision_config", None)
+        or CLIPVisionConfig(
             hidden_size=vision_width,
             intermediate_size=2 * vision_width,
             num_hidden_layers=4,

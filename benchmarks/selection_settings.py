@@ -1,0 +1,214 @@
+"""What each setting of a selector does to accuracy: one is changed at a time, on the same questions.
+
+Every picture is encoded once by transformers in float32; selection runs as the torch module that exports, with and
+without noise of INT8's size on what it sees; the language model answers from the kept tokens in batches. An answer
+counts by its first token, so the data set's answers have to be single tokens, as those of ``benchmarks/tiny`` are.
+Figures come with paired 95 % intervals against the defaults (first row). Settle settings on one split, report them on
+another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashvlm_export.evaluation.compare import compare
+from flashvlm_export.evaluation.dataset import Question, read_dataset
+from flashvlm_export.evaluation.journal import AnswerLine
+from flashvlm_export.export.reference import LlavaReference
+from flashvlm_export.progress import Progress
+from flashvlm_export.runtime.embeddings import pad_text
+from flashvlm_export.runtime.images import load_image
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.prompt import TextSpan, TokenizedPrompt
+from flashvlm_export.selection import get_selector
+
+# Relative to each value's own size: about what INT8 activations do to features, see docs/selection.md.
+INT8_NOISE = 1e-2
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: what differs from the defaults."""
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    selector: str = "flashvlm"
+    text_span: TextSpan = "prompt"
+    positions: Literal["contiguous", "original"] = "contiguous"
+    noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One question with its picture: ``features [N,C]``, ``saliency [N]``, ``tokens [N,D]``."""
+
+    question: Question
+    prompt: TokenizedPrompt
+    features: Tensor
+    saliency: Tensor
+    tokens: Tensor
+
+
+def variants() -> list[Variant]:
+    """The defaults, then one change at a time."""
+    rows = [Variant("defaults")]
+    rows += [Variant(f"{name}={value}", {name: value}) for name, values in SWEEP.items() for value in values]
+    rows += [
+        Variant("span=question", text_span="question"),
+        Variant("positions=original", positions="original"),
+        Variant("defaults, noise", noise=INT8_NOISE),
+        Variant("diversity=farthest, noise", {"diversity": "farthest"}, noise=INT8_NOISE),
+    ]
+    return rows
+
+
+SWEEP: dict[str, Sequence[Any]] = {
+    "diversity": ("farthest",),
+    "eta": (0.0, 0.25, 0.75, 1.0),
+    "relevance_temperature": (0.01, 0.2, 1.0),
+    "sharpening_temperature": (0.002, 0.05, 0.2),
+    "power": (1.0, 5.0),
+    "quantile": (0.0, 0.9),
+    "damping": (0.0, 0.5, 1.0),
+    "important_ratio": (0.0, 0.25, 0.75, 1.0),
+    "merge_step": (1, 32),
+}
+
+
+def encode(
+    vlm: Pipeline, reference: LlavaReference, questions: Sequence[Question], progress: Progress
+) -> list[Encoded]:
+    """Return what selection sees of each question's picture."""
+    rows = []
+    starts = range(0, len(questions), 8)
+    for start in progress.track(list(starts), "batches of pictures"):
+        batch = questions[start : start + 8]
+        pixels = vlm.preprocess([load_image(question.image) for question in batch])
+        arrays = [torch.from_numpy(array) for array in reference.encode(pixels)]
+        rows += [
+            Encoded(question, vlm.prompts.chat(question.question), *parts)
+            for question, *parts in zip(batch, *arrays, strict=True)
+        ]
+    return rows
+
+
+@torch.no_grad()
+def first_tokens(
+    vlm: Pipeline, model: Any, rows: Sequence[Encoded], variant: Variant, budget: int, generator: torch.Generator
+) -> list[int]:
+    """Return the first token of the answer to each of ``rows``."""
+    selector = get_selector(variant.selector)
+    module = selector.make_module(selector.make_config(variant.settings))
+
+    def disturbed(values: list[Tensor]) -> Tensor:
+        stacked = torch.stack(values)
+        if variant.noise == 0:
+            return stacked
+        return stacked * (1 + variant.noise * torch.randn(stacked.shape, generator=generator))
+
+    text, mask = pad_text(
+        [vlm.embeddings.lookup(row.prompt.text_ids(variant.text_span), np.dtype(np.float32)) for row in rows]
+    )
+    kept, _ = module(
+        disturbed([row.features for row in rows]),
+        disturbed([row.saliency for row in rows]),
+        disturbed([row.tokens for row in rows]),
+        torch.from_numpy(text),
+        torch.from_numpy(mask),
+        torch.tensor(budget),
+    )
+    embeds, places = [], []
+    for row, chosen in zip(rows, kept, strict=True):
+        (place,) = row.prompt.image_positions
+        words = torch.from_numpy(vlm.embeddings.lookup(row.prompt.token_ids, np.dtype(np.float32)))
+        embeds.append(torch.cat([words[:place], row.tokens[chosen], words[place + 1 :]]))
+        index = chosen.nonzero()[:, 0] if variant.positions == "original" else torch.arange(budget)
+        behind = place + (len(chosen) if variant.positions == "original" else budget)
+        tail = len(words) - place - 1
+        places.append(torch.cat([torch.arange(place), place + index, behind + torch.arange(tail)]))
+    # Padding comes last, where causal attention does not see it.
+    padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
+    positions = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
+    states = model.model.language_model(inputs_embeds=padded, position_ids=positions, use_cache=False).last_hidden_state
+    ends = torch.tensor([len(one) - 1 for one in embeds])
+    logits = model.lm_head(states[torch.arange(len(rows)), ends])
+    return [int(token) for token in logits.argmax(-1)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path, help="of the checkpoint; its tokenizer and preprocessor are used")
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="questions as flashvlm eval takes them")
+    parser.add_argument("--budgets", default="128,64,32", help="visual tokens to keep")
+    parser.add_argument("--only", help="rows to run, with semicolons; the defaults always are")
+    parser.add_argument("--also", action="append", default=[], metavar="NAME=VALUE,…", help="another row")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")  # transformers' advice on generation settings
+    progress = Progress.on_stderr()
+    vlm = Pipeline.open(args.bundle, with_llm=False)
+    reference = LlavaReference(args.checkpoint, language_attention="sdpa")
+    questions = read_dataset(args.data).questions
+    words = [vlm.prompts.detokenizer().feed(int(token)) for token in range(vlm.embeddings.vocab_size)]
+    rows = encode(vlm, reference, questions, progress)
+    budgets = [int(text) for text in args.budgets.split(",")]
+    chosen = [row for row in variants() if args.only is None or row.name in ["defaults", *args.only.split(";")]]
+    chosen += [Variant(text, dict(pair.split("=") for pair in text.split(","))) for text in args.also]
+    keys = [str(number) for number in range(len(rows))]
+    answers: dict[str, dict[tuple[str, int], AnswerLine]] = {}
+    for variant in chosen:
+        generator = torch.Generator().manual_seed(0)
+        found = answers.setdefault(variant.name, {})
+        for budget in budgets:
+            progress.step(f"{variant.name} at {budget}")
+            for start in range(0, len(rows), BATCH):
+                batch = rows[start : start + BATCH]
+                said = first_tokens(vlm, reference.model, batch, variant, budget, generator)
+                for key, token in zip(keys[start : start + BATCH], said, strict=True):
+                    found[key, budget] = AnswerLine(key, budget, key, words[token], 1, "stop")
+    figures = compare(questions, keys, budgets, answers, visual_tokens=vlm.visual_tokens, seed=0)
+    for row in figures:
+        ahead = row.ahead
+        print(
+            f"{row.selector:32}{row.budget:5}{100 * (row.mean.value or 0):8.1f} %   "
+            f"{100 * (ahead.value or 0):+6.1f} [{100 * (ahead.low or 0):+.1f}, {100 * (ahead.high or 0):+.1f}]",
+            file=sys.stderr,
+        )
+    result = {
+        "benchmark": "selection_settings",
+        "data": args.data.name,
+        "questions": len(questions),
+        "rows": [
+            {
+                "setting": row.selector,
+                "budget": row.budget,
+                "mean": row.mean.value,
+                "mean_interval": [row.mean.low, row.mean.high],
+                "ahead": row.ahead.value,
+                "ahead_interval": [row.ahead.low, row.ahead.high],
+                "kinds": {kind: found.value for kind, found in row.kinds.items()},
+            }
+            for row in figures
+        ],
+    }
+    if args.output is not None:
+        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
