@@ -8,6 +8,17 @@ PRECISION ?= fp16
 BUNDLE ?= build/$(MODEL)
 OUTPUT ?= build/eval/$(notdir $(BUNDLE))-$(notdir $(basename $(DATA)))
 DEMO := build/demo
+SCENES := build/scenes
+TINY := benchmarks/tiny/checkpoint
+
+# The model that comes with this repository has its own questions, checkpoint and selectors to compare.
+ifeq ($(MODEL),flashvlm-tiny)
+WEIGHTS := $(TINY)
+DATA ?= $(SCENES)/test.jsonl
+BUDGETS ?= full,192,128,64,32,16
+SELECTOR ?= all
+PICTURES := $(SCENES)/few/test
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
@@ -25,12 +36,18 @@ install: $(VENV)/installed ## create .venv with everything that development need
 # Bundles are made again when the code that makes them changes.
 EXPORTER := $(shell find flashvlm_export export tests/helpers/tiny_llava.py -name '*.py')
 
-demo: $(DEMO)/bundle/manifest.json ## a photograph through the exported graph, beside PyTorch
-	$(BIN)/python examples/demo.py $(DEMO)/bundle $(DEMO)/checkpoint --heatmap $(DEMO)/kept.png
+demo: $(DEMO)/bundle/manifest.json ## a picture and seven questions through the exported graph, beside PyTorch
+	$(BIN)/python examples/demo.py $(DEMO)/bundle $(TINY) --heatmap $(DEMO)/kept.png
 
-$(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
-	$(BIN)/python tests/helpers/tiny_llava.py $(DEMO)/checkpoint --image-size 336 --seed 7
-	$(BIN)/flashvlm export $(DEMO)/checkpoint --output $(DEMO)/bundle --overwrite --precision fp32 --diversity farthest
+$(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors
+	$(BIN)/flashvlm export flashvlm-tiny --output $(DEMO)/bundle --overwrite --precision fp32
+
+# Pictures and questions of benchmarks/tiny: 3,000 to measure accuracy, a few for reports, 64 to calibrate with.
+$(SCENES)/test.jsonl: count := 3000
+$(SCENES)/few/test.jsonl: count := 14
+$(SCENES)/calibration/dev.jsonl: count := 64
+$(SCENES)/test.jsonl $(SCENES)/few/test.jsonl $(SCENES)/calibration/dev.jsonl: benchmarks/tiny/scenes.py benchmarks/tiny/dataset.py $(VENV)/installed
+	$(BIN)/python benchmarks/tiny/dataset.py $(@D) --split $(basename $(@F)) --count $(count) --overwrite
 
 test: lint types unit runtime-lanes device-lane ## lint, types, tests; runtime on Python 3.10 and 3.12 where installed
 
@@ -76,16 +93,25 @@ engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated 
 	test $(PRECISION) != int8 || test -f $(BUNDLE)/visual.int8.onnx || $(BIN)/flashvlm calibrate $(BUNDLE)
 	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --pack --overwrite
 
-report: $(VENV)/installed ## parity and latency of MODEL against PyTorch (WEIGHTS=DIR), exported first where needed
-	@test -f "$(WEIGHTS)/config.json" || { echo "make report: WEIGHTS=DIR has to name a checkpoint, to compare with" >&2; exit 2; }
-	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
-	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report
+EXPORT_ONCE = test -f $(BUNDLE)/manifest.json || \
+  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) $(if $(SELECTOR),--split $(SELECTOR))
 
-# BUDGETS: a list such as full,128,32. What is answered is kept in OUTPUT and not asked again.
-eval: $(VENV)/installed ## accuracy of MODEL in BUNDLE, exported first where needed, on DATA (BUDGETS, OUTPUT)
+# What make eval has found joins the report.
+EVALUATED = $(firstword $(wildcard $(OUTPUT)/results.json $(OUTPUT)/flashvlm/results.json))
+
+report: $(VENV)/installed $(addsuffix .jsonl,$(PICTURES)) ## parity and latency of MODEL against PyTorch (WEIGHTS=DIR), exported first where needed
+	@test -f "$(WEIGHTS)/config.json" || { echo "make report: WEIGHTS=DIR has to name a checkpoint, to compare with" >&2; exit 2; }
+	$(EXPORT_ONCE)
+	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report \
+	  $(if $(PICTURES),--images $(PICTURES) --prompts $(PICTURES).txt) $(patsubst %/results.json,--eval %,$(EVALUATED))
+
+# BUDGETS: a list such as full,128,32. SELECTOR: a list, or all, to compare. What is answered is kept in OUTPUT and not
+# asked again.
+eval: $(VENV)/installed $(filter $(SCENES)/%,$(DATA)) ## accuracy of MODEL in BUNDLE, exported first where needed, on DATA (BUDGETS, SELECTOR, OUTPUT)
 	$(if $(DATA),,$(error DATA=FILE.jsonl is missing: flashvlm dataset makes one from the files of a benchmark))
-	test -f $(BUNDLE)/manifest.json || $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
-	$(BIN)/flashvlm eval $(BUNDLE) --data $(DATA) --output $(OUTPUT) $(if $(BUDGETS),--budgets $(BUDGETS))
+	$(EXPORT_ONCE)
+	$(BIN)/flashvlm eval $(BUNDLE) --data $(DATA) --output $(OUTPUT) $(if $(BUDGETS),--budgets $(BUDGETS)) \
+	  $(if $(SELECTOR),--selector $(SELECTOR))
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py
@@ -96,14 +122,13 @@ bench-export: $(VENV)/installed ## peak memory of exporting a full-size checkpoi
 bench-start: $(VENV)/installed build/lane/bundle/manifest.json ## import and open time of the runtime
 	$(BIN)/python benchmarks/start_up.py build/lane/bundle
 
-# The demo's checkpoint, whose visual side has LLaVA-1.5's 576 tokens, in all three precisions.
-bench-parity: build/parity/visual.int8.onnx ## each precision against PyTorch on photographs
-	$(BIN)/flashvlm report build/parity --checkpoint $(DEMO)/checkpoint --output build/parity-report --max-images 64 \
-	  --rounds 5 --max-tokens 1 --require int8.iou=0
+bench-parity: build/parity/visual.int8.onnx $(SCENES)/few/test.jsonl ## each precision of flashvlm-tiny against PyTorch
+	$(BIN)/flashvlm report build/parity --checkpoint $(TINY) --images $(SCENES)/few/test --prompts $(SCENES)/few/test.txt \
+	  --max-images 14 --budgets 128,64,32 --rounds 5 --max-tokens 8 --output build/parity-report
 
-build/parity/visual.int8.onnx: $(DEMO)/bundle/manifest.json
-	$(BIN)/flashvlm export $(DEMO)/checkpoint --output build/parity --overwrite --diversity farthest --decoder none
-	$(BIN)/flashvlm calibrate build/parity --tolerance none
+build/parity/visual.int8.onnx: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors $(SCENES)/calibration/dev.jsonl
+	$(BIN)/flashvlm export flashvlm-tiny --output build/parity --overwrite --diversity farthest
+	$(BIN)/flashvlm calibrate build/parity --images $(SCENES)/calibration/dev --prompts $(SCENES)/calibration/dev.txt --tolerance none
 
 clean: ## remove what the targets above made, .venv included
 	rm -rf build dist $(VENV) .venv-3.* .venv-gpu

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("export", "calibration", "runtime")
 
 # What each room may import besides the standard library, the light base dependencies and `flashvlm_export` itself.
-BASE = {"jinja2", "msgspec", "numpy", "PIL", "tokenizers", "tqdm"}
+BASE = {"jinja2", "msgspec", "numpy", "PIL", "safetensors", "tokenizers", "tqdm"}
 ALLOWED = {
     "": {"cuda", "onnxruntime"},
     "models": {"torch", "transformers", "optimum"},
@@ -36,7 +36,6 @@ ALLOWED = {
         "onnx_ir",
         "onnxscript",
         "onnxruntime_genai",
-        "safetensors",
         "huggingface_hub",
     },
     "calibration": {"onnx", "onnxruntime"},
@@ -238,6 +237,7 @@ def test_readme_commands_exist() -> None:
         "inspect",
         "report",
         "run",
+        "prompt",
         "dataset",
         "eval",
     }

@@ -1,6 +1,7 @@
 """Held-out questions of flashvlm-tiny as ``flashvlm eval`` reads them: ``SPLIT.jsonl`` and a folder of pictures.
 
-Written whole or not at all; a data set that stands is kept.
+``SPLIT.txt`` has the questions alone, a line for each picture in the order of their names, as ``flashvlm report`` and
+``flashvlm calibrate`` take them. ``SPLIT.jsonl`` comes last: where it stands, all is there, and nothing is done.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ def write_dataset(folder: Path, split: str, count: int) -> Path:
             "metric": "exact",
         }
         lines.append(json.dumps(line))
+    questions = "".join(f"{json.loads(line)['question']}\n" for line in lines)
+    target.with_suffix(".txt").write_text(questions, encoding="utf-8")
     partial = target.with_suffix(".partial")
     partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     partial.replace(target)

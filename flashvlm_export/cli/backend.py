@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from flashvlm_export.bundle import Bundle
+from flashvlm_export.errors import UsageError
 from flashvlm_export.specs import Precision
 
 if TYPE_CHECKING:
@@ -63,6 +64,14 @@ def selectors_from(args: argparse.Namespace, bundle: Bundle) -> list[str] | None
         precision = Precision(args.precision or next(iter(bundle.manifest.graphs)))
         return list(bundle.split_graphs(precision).selectors)
     return list(dict.fromkeys(name.strip() for name in args.selector.split(",")))
+
+
+def selector_from(args: argparse.Namespace, bundle: Bundle) -> str | None:
+    """Return the one selector that ``--selector`` names, or ``None`` without it; refuse several."""
+    names = selectors_from(args, bundle)
+    if names is not None and len(names) > 1:
+        raise UsageError("one run has one selector", received=args.selector, expected="a single name")
+    return names[0] if names else None
 
 
 def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = True) -> Pipeline:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selectors_from
+from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashvlm_export.runtime.llm.base import SamplingParams
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,15 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image",
         metavar="FILE",
         action="append",
-        required=True,
         help="picture; repeat for several, asked as one batch",
     )
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
         action="append",
-        required=True,
         help="question; one for all images, or one per image",
+    )
+    parser.add_argument(
+        "--pruned", metavar="FILE", type=Path, help="answer a prompt that flashvlm prompt wrote, instead of images"
     )
     parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
     parser.add_argument(
@@ -60,6 +64,14 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         seed=args.seed,
     )
+    if args.pruned is not None:
+        _run_pruned(args, params)
+        return
+    if args.image is None or args.prompt is None:
+        missing = " and ".join(f"--{name}" for name in ("image", "prompt") if getattr(args, name) is None)
+        raise UsageError(
+            "there is nothing to ask", received=f"no {missing}", expected="--image and --prompt, or --pruned"
+        )
     pairs = _pairs(args.image, args.prompt)
     requests = [Request([image], prompt, args.system, args.raw_prompt) for image, prompt in pairs]
     if args.heatmap is not None:
@@ -67,13 +79,12 @@ def run(args: argparse.Namespace) -> None:
 
         check_picture_path(args.heatmap)
     bundle = Bundle.open(args.bundle)
-    if len(selectors_from(args, bundle) or ()) > 1:
-        raise UsageError("one run has one selector", received=args.selector, expected="a single name")
+    selector_from(args, bundle)
     pipeline = pipeline_from(args, bundle, with_llm=not args.visual_only)
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:
-        prompts = pipeline.encode(requests, budget=_budget(args.budget), text_span=args.text_span)
+        prompts = pipeline.encode(requests, budget=budget_from(args), text_span=args.text_span)
         captions = []
         for (image, question), prompt in zip(pairs, prompts, strict=True):
             say(f"{image}: {question}")
@@ -118,6 +129,48 @@ def run(args: argparse.Namespace) -> None:
         )
 
 
+def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
+    """Answer a prompt from a file; the visual graph is not needed."""
+    from flashvlm_export.runtime.prompt_file import read_prompt, require_same_model
+
+    given = [f"--{name}" for name in ("image", "prompt", "heatmap") if getattr(args, name) is not None]
+    if given:
+        raise UsageError(
+            "a pruned prompt has its images and question inside",
+            received=" and ".join(given),
+            expected="--pruned alone",
+        )
+    file = read_prompt(args.pruned)
+    bundle = Bundle.open(args.bundle)
+    require_same_model(file.record, bundle)
+    pipeline = pipeline_from(args, bundle)
+    say = talk(args.json)
+    words, ids, pieces = pipeline.prompts.detokenizer(), [], []
+    assert pipeline.llm is not None  # a bundle without one is refused
+    with pipeline.llm as llm:
+        for token in llm.generate(file.inputs_embeds, params, stop_token_ids=file.record.stop_token_ids):
+            ids.append(token)
+            pieces.append(words.feed(token))
+            say(pieces[-1], end="")
+        pieces.append(words.flush())
+        say(pieces[-1])
+    stats = llm.last_run
+    assert stats is not None  # the stream was read to its end
+    say(f"  {stats.prompt_tokens} positions; prefill {stats.prefill_ms:.0f} ms, decode {stats.decode_ms:.0f} ms")
+    if args.json:
+        print_json(
+            {
+                "pruned": str(args.pruned),
+                "answer": "".join(pieces),
+                "token_ids": ids,
+                "prompt_tokens": stats.prompt_tokens,
+                "new_tokens": stats.new_tokens,
+                "finish_reason": stats.finish_reason,
+                "stage_ms": {"prefill": stats.prefill_ms, "decode": stats.decode_ms},
+            }
+        )
+
+
 def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
     if len(images) == 1:
         images = images * len(prompts)
@@ -132,9 +185,9 @@ def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
     return list(zip(images, prompts, strict=True))
 
 
-def _budget(text: str | None) -> Any:
-    """Return ``text`` as an ``int`` where it is one; what is not is refused by the budget's own check."""
+def budget_from(args: argparse.Namespace) -> Any:
+    """Return ``--budget`` as an ``int`` where it is one; what is not is refused by the budget's own check."""
     try:
-        return None if text is None else int(text)
+        return None if args.budget is None else int(args.budget)
     except ValueError:
-        return text
+        return args.budget

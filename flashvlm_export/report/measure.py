@@ -245,7 +245,9 @@ def _read_evaluation(directory: Path, bundle: Bundle) -> Results:
             "there is no evaluation", received=directory, expected=f"a directory with {RESULTS}", hint=again
         )
     results = decode_record(file.read_bytes(), Results, newest=RESULTS_VERSION, what=str(file), mend=again)
-    own = {bundle_sha256(bundle, Precision(name), None) for name in bundle.manifest.graphs}
+    own = {bundle_sha256(bundle, Precision(name)) for name in bundle.manifest.graphs}
+    selector = bundle.manifest.selection.selector
+    own |= {bundle_sha256(bundle, Precision(name), selector=selector) for name in bundle.manifest.split}
     own |= {bundle_sha256(bundle, Precision(engine.entry.precision), engine) for engine in list_engines(bundle)}
     if results.settings.bundle_sha256 not in own:
         raise ConfigError(

@@ -1,0 +1,51 @@
+"""flashvlm prompt: write a pruned prompt as a file that any LLM engine can take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
+from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.cli.run import budget_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``flashvlm prompt``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", required=True, help="picture; repeat for several in one prompt"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="question about them")
+    parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="safetensors file to write")
+    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
+    parser.add_argument(
+        "--raw-prompt", action="store_true", help="TEXT is a whole prompt with its image placeholders; no chat template"
+    )
+    parser.add_argument(
+        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+    )
+    add_backend_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Select, splice, write; no language model is loaded."""
+    from flashvlm_export.runtime.pipeline import Request
+    from flashvlm_export.runtime.prompt_file import write_prompt
+
+    bundle = Bundle.open(args.bundle)
+    selector = selector_from(args, bundle)
+    with pipeline_from(args, bundle, with_llm=False) as pipeline:
+        request = Request(args.image, args.prompt, args.system, args.raw_prompt)
+        prompt = pipeline.encode([request], budget=budget_from(args), text_span=args.text_span)[0]
+    record = write_prompt(args.output, prompt, bundle, text_span=args.text_span, selector=selector)
+    if args.json:
+        print_json({"prompt": str(args.output), "positions": len(prompt.inputs_embeds), "record": record})
+        return
+    say = talk(False)
+    say(
+        f"{args.output}: {len(prompt.inputs_embeds)} positions, {prompt.visual_tokens_kept} of "
+        f"{prompt.visual_tokens_before} visual tokens"
+    )
+    say(f"next: flashvlm run {args.bundle} --pruned {args.output}")

@@ -1,0 +1,200 @@
+"""A pruned prompt as a file that any LLM engine can take: ``.safetensors``, version 1.
+
+Tensors, all of one prompt of ``S`` positions:
+
+=================  ==============  ==========================================================================
+``inputs_embeds``  float32 [S, D]  rows for prefill: text, and the kept visual tokens in place of each image
+``token_ids``      int64 [S]       ids of the text; the image placeholder's id where a visual token stands
+``positions``      int64 [S]       position of each row, counting up from 0
+``kept_N``         int64 [K]       of image N from 0: which visual tokens were kept, ascending
+``scores_N``       float32 [n]     of image N: score of every visual token
+=================  ==============  ==========================================================================
+
+The file's metadata has one entry, ``flashvlm_prompt``: :class:`PromptRecord` as JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from flashvlm_export import __version__
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.errors import PromptError
+from flashvlm_export.files import atomic_write
+from flashvlm_export.manifest import Selection, Source
+from flashvlm_export.records import decode_record, encode_record
+from flashvlm_export.runtime.pipeline import PrunedPrompt
+from flashvlm_export.specs import Array
+
+SCHEMA_VERSION = 1
+ENTRY = "flashvlm_prompt"
+_MEND = "write it again: flashvlm prompt BUNDLE --image … --prompt … --output FILE"
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """What the tensors do not say.
+
+    Attributes:
+        schema_version: of this record.
+        text: the prompt before splicing, placeholders included.
+        image_spans: per image the rows ``[first, behind the last]`` that its visual tokens take.
+        budget: visual tokens kept per image.
+        visual_tokens: of one image without pruning.
+        text_span: text that guided the selection.
+        selection: selector and settings.
+        vocab_size: rows of the embedding table.
+        stop_token_ids: ids that end the answer.
+        source: checkpoint and hashes of the bundle that wrote it; an engine has to hold the same language model.
+        tool: name and version of what wrote it.
+    """
+
+    schema_version: int
+    text: str
+    image_spans: list[tuple[int, int]]
+    budget: int
+    visual_tokens: int
+    text_span: str
+    selection: Selection
+    vocab_size: int
+    stop_token_ids: list[int]
+    source: Source
+    tool: str
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """A file that was read: its record, and its tensors as in the table above."""
+
+    record: PromptRecord
+    inputs_embeds: Array
+    token_ids: Array
+    positions: Array
+    kept: list[Array]
+    scores: list[Array]
+
+
+def write_prompt(
+    path: Path, prompt: PrunedPrompt, bundle: Bundle, *, text_span: str, selector: str | None = None
+) -> PromptRecord:
+    """Write ``prompt`` atomically and return its record.
+
+    Args:
+        path: file to write or replace.
+        prompt: from :meth:`Pipeline.encode`.
+        bundle: that it was encoded with.
+        text_span: as given there.
+        selector: as given there; ``None`` for the fused graph's own.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    manifest = bundle.manifest
+    selection = manifest.selection
+    if selector is not None and selector != selection.selector:
+        halves = next(iter(manifest.split.values()))
+        selection = Selection(selector, halves.selectors[selector].config)
+    assert manifest.prompt is not None  # a pipeline refuses such bundles
+    token_ids, spans = _expand(prompt)
+    tensors: dict[str, Any] = {
+        "inputs_embeds": np.ascontiguousarray(prompt.inputs_embeds, np.float32),
+        "token_ids": token_ids,
+        "positions": np.arange(len(token_ids), dtype=np.int64),
+    }
+    for number, (indices, scores) in enumerate(zip(prompt.indices, prompt.scores, strict=True)):
+        tensors[f"kept_{number}"] = np.ascontiguousarray(indices, np.int64)
+        tensors[f"scores_{number}"] = np.ascontiguousarray(scores, np.float32)
+    record = PromptRecord(
+        schema_version=SCHEMA_VERSION,
+        text=prompt.prompt.text,
+        image_spans=spans,
+        budget=len(prompt.indices[0]),
+        visual_tokens=manifest.dims.num_patches,
+        text_span=text_span,
+        selection=selection,
+        vocab_size=manifest.vocab_size,
+        stop_token_ids=manifest.prompt.eos_token_ids,
+        source=manifest.source,
+        tool=f"flashvlm-export {__version__}",
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(save(tensors, metadata={ENTRY: encode_record(record).decode()}))
+    return record
+
+
+def read_prompt(path: Path) -> PromptFile:
+    """Return what :func:`write_prompt` wrote, checked.
+
+    Raises:
+        PromptError: if the file cannot be read or is no such file, or tensors and record do not fit together.
+        BundleError: if its record is damaged, or of a newer version.
+    """
+    try:
+        with safe_open(path, "numpy") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+    except (OSError, SafetensorError) as error:
+        raise PromptError("the prompt file cannot be read", received=f"{path}: {error}", hint=_MEND) from error
+    if ENTRY not in metadata:
+        raise PromptError(
+            "this file holds no pruned prompt",
+            received=path,
+            expected=f"a safetensors file with the entry {ENTRY}",
+            hint=_MEND,
+        )
+    record = decode_record(
+        metadata[ENTRY].encode(), PromptRecord, newest=SCHEMA_VERSION, what=f"the record of {path}", mend=_MEND
+    )
+    images = range(len(record.image_spans))
+    names = ["inputs_embeds", "token_ids", "positions", *(f"{part}_{n}" for n in images for part in ("kept", "scores"))]
+    if sorted(names) != sorted(tensors):
+        raise PromptError("the prompt file lacks tensors", received=sorted(tensors), expected=sorted(names), hint=_MEND)
+    file = PromptFile(
+        record,
+        tensors["inputs_embeds"],
+        tensors["token_ids"],
+        tensors["positions"],
+        [tensors[f"kept_{number}"] for number in images],
+        [tensors[f"scores_{number}"] for number in images],
+    )
+    length = len(file.token_ids)
+    fits = file.inputs_embeds.ndim == 2 and file.inputs_embeds.dtype == np.float32
+    fits = fits and file.inputs_embeds.shape[0] == length == len(file.positions)
+    fits = fits and [end - start for start, end in record.image_spans] == [len(kept) for kept in file.kept]
+    fits = fits and all(0 <= start <= end <= length for start, end in record.image_spans)
+    if not fits:
+        raise PromptError(
+            "tensors and record of the prompt file do not fit together",
+            received=f"{path}: { ({name: list(array.shape) for name, array in tensors.items()}) }",
+            expected=f"rows for {length} positions and the images at {record.image_spans}",
+            hint=_MEND,
+        )
+    return file
+
+
+def require_same_model(record: PromptRecord, bundle: Bundle) -> None:
+    """Raise :class:`PromptError` unless ``bundle`` was exported from the weights that the prompt was made with."""
+    have, want = record.source.weights_sha256, bundle.manifest.source.weights_sha256
+    if have != want:
+        raise PromptError(
+            "the prompt was made with another model",
+            received=f"{record.source.model}, weights {have[:12]}",
+            expected=f"{bundle.manifest.source.model}, weights {want[:12]}",
+            hint="give the bundle that wrote it, or write the prompt again with this one",
+        )
+
+
+def _expand(prompt: PrunedPrompt) -> tuple[Array, list[tuple[int, int]]]:
+    """Return the ids with a placeholder for each visual token, and the rows of each image."""
+    repeats = np.ones(len(prompt.prompt.token_ids), np.int64)
+    for place, indices in zip(prompt.prompt.image_positions, prompt.indices, strict=True):
+        repeats[place] = len(indices)
+    ends = np.cumsum(repeats)
+    spans = [(int(ends[place] - repeats[place]), int(ends[place])) for place in prompt.prompt.image_positions]
+    return np.repeat(prompt.prompt.token_ids, repeats), spans
