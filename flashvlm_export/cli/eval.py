@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
     whole = read_dataset(args.data)
     data = _chosen(whole, args)
     pipeline = pipeline_from(args, bundle)
+    _check_room(args, bundle, budgets)
     chosen = selectors_from(args, bundle)
     # The fused graph's answers lie in the output directory itself, those of several selectors in one each.
     folders = (
@@ -104,6 +105,18 @@ def run(args: argparse.Namespace) -> None:
             _write(folder, results[name])
         comparison = None if chosen is None else _compare(args, data, keys, budgets, journals, results)
     _report(args, results, comparison)
+
+
+def _check_room(args: argparse.Namespace, bundle: Bundle, budgets: list[int]) -> None:
+    """Refuse answers that cannot fit behind the visual tokens, before any question is asked."""
+    decoder = bundle.manifest.decoder
+    room = decoder.max_positions - max(budgets) if decoder else 0
+    if decoder and args.max_tokens > room:
+        raise ConfigError(
+            "the language model has no room for answers as long as this",
+            received=f"--max-tokens {args.max_tokens} behind {max(budgets)} visual tokens",
+            expected=f"less than {room}: {decoder.max_positions} positions hold image, question and answer",
+        )
 
 
 def _chosen(whole: DataSet, args: argparse.Namespace) -> DataSet:

@@ -57,6 +57,13 @@ def parse_budgets(text: str | None, visual_tokens: int) -> list[int]:
             continue
         try:
             budgets.add(check_budget(int(word), visual_tokens))
+        except BudgetError as error:
+            raise BudgetError(
+                error.what,
+                received=error.received,
+                expected=error.expected,
+                hint="full keeps every token: --budgets full,128,32",
+            ) from None
         except ValueError:
             raise BudgetError(
                 "not a list of token budgets",

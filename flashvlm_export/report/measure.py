@@ -104,7 +104,13 @@ def check_settings(settings: ReportSettings) -> Results | None:
     known += [f"accuracy@{figures.budget}" for figures in (accuracy.overall if accuracy else ())]
     unknown = sorted(set(settings.requirements) - set(known))
     if unknown:
-        raise ConfigError("nothing of this name is measured", received=", ".join(unknown), expected=", ".join(known))
+        lacking = accuracy is None and any(name.startswith("accuracy@") for name in unknown)
+        raise ConfigError(
+            "nothing of this name is measured",
+            received=", ".join(unknown),
+            expected=", ".join(known),
+            hint="accuracy needs --eval DIR, what flashvlm eval wrote for this bundle" if lacking else None,
+        )
     _check_checkpoint(settings.checkpoint, bundle)
     from flashvlm_export.runtime.images import load_image
 

@@ -443,3 +443,15 @@ def test_selectors_that_are_not_there(
     assert "a single name" in capsys.readouterr().err
     assert main([*run, "divprune", "--budget", "4", "--max-tokens", "2"]) == 0
     assert "encode" in capsys.readouterr().out
+
+
+def test_answers_without_room_are_refused_at_once(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(tiny_bundle), "--data", str(data), "--output", str(tmp_path / "out"), "--max-tokens", "1010"]
+    assert main([*command, "--budgets", "full"]) == 2
+    message = capsys.readouterr().err
+    assert "--max-tokens 1010 behind 16 visual tokens" in message
+    assert "1024 positions" in message
+    assert main([*command, "--budgets", "full,99"]) == 2
+    assert "--budgets full,128,32" in capsys.readouterr().err
