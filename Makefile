@@ -82,14 +82,15 @@ test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fail
 	FLASHVLM_REQUIRE_GPU=1 FLASHVLM_TEST_BUNDLE=build/lane/bundle .venv-gpu/bin/python -m pytest tests/gpu
 
 onnx: $(VENV)/installed ## export MODEL (WEIGHTS=auto|DIR|random) to BUNDLE
-	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE)
+	$(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) $(if $(SELECTOR),--split $(SELECTOR))
 
 # PRECISION=fp16|int8; TARGET: a row of flashvlm targets, without it the GPU at hand. A bundle that stands is used. Where
 # only the device itself can build, what comes out is the archive for it.
 engine: $(VENV)/installed ## engine of MODEL in BUNDLE, exported and calibrated first where needed (PRECISION, TARGET)
 	$(if $(TARGET),$(BIN)/flashvlm targets $(TARGET))
 	test -f $(BUNDLE)/manifest.json || \
-	  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) --precision fp16
+	  $(BIN)/flashvlm export $(MODEL) --weights $(WEIGHTS) --output $(BUNDLE) --precision fp16 \
+	    $(if $(SELECTOR),--split $(SELECTOR))
 	test $(PRECISION) != int8 || test -f $(BUNDLE)/visual.int8.onnx || $(BIN)/flashvlm calibrate $(BUNDLE)
 	$(BIN)/flashvlm build $(BUNDLE) --precision $(PRECISION) $(if $(TARGET),--target $(TARGET)) --pack --overwrite
 

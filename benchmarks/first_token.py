@@ -101,6 +101,10 @@ def measure(bundle: Path, images: int, budgets: list[int], repeats: int, threads
     pictures = [random.integers(0, 256, (336, 336, 3), np.uint8) for _ in range(images)]
     stages: dict[int, list[tuple[float, float, float]]] = {budget: [] for budget in budgets}
     with Pipeline.open(bundle, threads=threads) as vlm:
+        dims, decoder = vlm.bundle.manifest.dims, vlm.bundle.manifest.decoder
+        shapes = (dims.vision_width, dims.llm_width, decoder.num_layers if decoder else 0)
+        if shapes != (VISION["width"], TEXT["width"], TEXT["layers"]):
+            raise SystemExit(f"{bundle} is of other shapes than the bound is counted for: {shapes}")
         for turn in range(repeats + 1):
             for budget in budgets[turn % len(budgets) :] + budgets[: turn % len(budgets)]:
                 prompt = vlm.encode([Request(pictures, QUESTION)], budget=budget)[0]

@@ -141,10 +141,20 @@ def first_tokens(
     # Padding comes last, where causal attention does not see it.
     padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
     positions = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-    states = model.model.language_model(inputs_embeds=padded, position_ids=positions, use_cache=False).last_hidden_state
+    # Without a mask, transformers takes every jump of the positions for the start of another sequence.
+    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in places], batch_first=True)
+    states = model.model.language_model(
+        inputs_embeds=padded, position_ids=positions, attention_mask=real, use_cache=False
+    ).last_hidden_state
     ends = torch.tensor([len(one) - 1 for one in embeds])
     logits = model.lm_head(states[torch.arange(len(rows)), ends])
     return [int(token) for token in logits.argmax(-1)]
+
+
+def word_of(vlm: Pipeline, token: int) -> str:
+    """Return one token as text."""
+    words = vlm.prompts.detokenizer()
+    return words.feed(token) + words.flush()
 
 
 def main() -> int:
@@ -162,9 +172,12 @@ def main() -> int:
     vlm = Pipeline.open(args.bundle, with_llm=False)
     reference = LlavaReference(args.checkpoint, language_attention="sdpa")
     questions = read_dataset(args.data).questions
-    words = [vlm.prompts.detokenizer().feed(int(token)) for token in range(vlm.embeddings.vocab_size)]
+    words = [word_of(vlm, token) for token in range(vlm.embeddings.vocab_size)]
     rows = encode(vlm, reference, questions, progress)
     budgets = [int(text) for text in args.budgets.split(",")]
+    unknown = {*(args.only or "defaults").split(";")} - {row.name for row in variants()}
+    if unknown:
+        parser.error(f"--only: no such row: {'; '.join(sorted(unknown))}")
     chosen = [row for row in variants() if args.only is None or row.name in ["defaults", *args.only.split(";")]]
     chosen += [Variant(text, dict(pair.split("=") for pair in text.split(","))) for text in args.also]
     keys = [str(number) for number in range(len(rows))]

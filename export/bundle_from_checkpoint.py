@@ -323,7 +323,8 @@ def _write_graphs(
     halves = None
     if settings.split:
         configs = {selector.name: config}
-        configs |= {name: get_selector(name).make_config({}) for name in settings.further_selectors}
+        for name in settings.further_selectors:
+            configs.setdefault(name, get_selector(name).make_config({}))
         halves, measured = write_split_graphs(
             graph, adapter, configs, precision, compile_engines=compile_engines, progress=step
         )

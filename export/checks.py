@@ -6,8 +6,8 @@
 4. The shipped file gives what the probed one gives, in float16 up to rounding; its tokens are the rows that its indices
    name.
 5. Where TensorRT-RTX is installed: the file parses and compiles.
-6. Of the two halves, where they are exported: the encoder gives what the probe gives, and each selector keeps exactly
-   what its oracle keeps; in float32 both together give the fused graph's very bits.
+6. Of the two halves, where they are exported: check 1; the encoder gives what the probe gives, and each selector keeps
+   exactly what its oracle keeps; in float32 both together give the fused graph's very bits.
 
 Separating 2 from 3 makes both sharp: rounding in the encoder may move a close decision, the selection stage may not.
 """
@@ -93,13 +93,7 @@ def check_graph(
         ExportError: naming the check, what was measured and what is allowed.
     """
     progress("ONNX checker")
-    try:
-        onnx.checker.check_model(graph.file, full_check=True)
-    except onnx.checker.ValidationError as error:
-        raise ExportError("the ONNX checker rejects the exported graph", received=str(error)) from error
-    except onnx.shape_inference.InferenceError as error:
-        raise ExportError("ONNX shape inference fails on the exported graph", received=str(error)) from error
-
+    _check_onnx(graph.file)
     cases = check_cases(adapter.dims.num_patches)
     feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
     progress("reference outputs in torch")
@@ -157,6 +151,9 @@ def check_split(
     Raises:
         ExportError: naming what differs.
     """
+    progress("the halves: ONNX checker")
+    for file in (encoder, *(selector.file for selector in selectors)):
+        _check_onnx(file)
     progress("the halves in ONNX Runtime")
     cases = check_cases(adapter.dims.num_patches)
     feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
@@ -190,6 +187,17 @@ def check_split(
                     if not np.array_equal(whole[name], kept[name]):
                         raise ExportError(f"'{name}' of encoder and selector differs from the fused graph at {case}")
     return SplitReport(worst, exact, tied)
+
+
+def _check_onnx(file: Path) -> None:
+    try:
+        onnx.checker.check_model(file, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError("the ONNX checker rejects the exported graph", received=f"{file.name}: {error}") from error
+    except onnx.shape_inference.InferenceError as error:
+        raise ExportError(
+            "ONNX shape inference fails on the exported graph", received=f"{file.name}: {error}"
+        ) from error
 
 
 def _feeds(adapter: Adapter, precision: Precision, case: CheckCase, seed: int) -> Feeds:

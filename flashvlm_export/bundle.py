@@ -18,7 +18,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +112,9 @@ class Bundle:
                 expected=f"one of {', '.join(self.manifest.split)}"
                 if self.manifest.split
                 else "a bundle that has them",
-                hint=f"{self.export_command()} --split",
+                hint=f"--precision {next(iter(self.manifest.split))}"
+                if self.manifest.split
+                else f"fp32 and fp16 can have them: {self.export_command(split=[self.manifest.selection.selector])}",
             )
         return halves
 
@@ -145,8 +147,8 @@ class Bundle:
                 )
         return hashlib.sha256("\n".join(f"{name} {entry.sha256}" for name, entry in files.items()).encode()).hexdigest()
 
-    def export_command(self, *precisions: Precision) -> str:
-        """Return the command that replaces this bundle, by one with ``precisions`` if any are named."""
+    def export_command(self, *precisions: Precision, split: Sequence[str] = ()) -> str:
+        """Return the command that replaces this bundle, by one with other precisions or split selectors if named."""
         source = self.manifest.source
         weights = "DIR" if source.weights == "checkpoint" else source.weights
         command = f"flashvlm export {source.model} --weights {weights} --output {self.path} --overwrite"
@@ -155,8 +157,13 @@ class Bundle:
         for name, value in selection.config.items():
             if value != getattr(get_selector(selection.selector).config_type(), name):
                 command += f" --set {name}={value}"
-        names = ",".join(precision.value for precision in precisions)
-        return f"{command} --precision {names}" if names else command
+        if not split and self.manifest.split:
+            split = list(next(iter(self.manifest.split.values())).selectors)
+        if split:
+            command += f" --split {','.join(name for name in split if name != selection.selector)}".rstrip()
+        if precisions:
+            command += f" --precision {','.join(precision.value for precision in precisions)}"
+        return command
 
     def _check_files(self, verify: bool) -> None:
         problems = []

@@ -8,5 +8,7 @@
 - ``graph_inputs.py`` photographs and questions as inputs of the graph, for calibration
 - ``sessions/``      backends of the visual graph
 - ``llm/``           language-model engines
+- ``image_cache.py`` encoded images by content, in bounded memory
+- ``prompt_file.py`` a pruned prompt as a file for any engine
 - ``heatmap.py``     pictures of what was kept
 """

@@ -58,6 +58,11 @@ class ImageCache:
             _, dropped = self._images.popitem(last=False)
             self._size_bytes -= dropped.size_bytes
 
+    def clear(self) -> None:
+        """Drop every image."""
+        self._images.clear()
+        self._size_bytes = 0
+
     @property
     def stats(self) -> CacheStats:
         """Counts so far."""

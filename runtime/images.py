@@ -75,7 +75,7 @@ def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Imag
 
 
 def content_key(source: ImageSource) -> str:
-    """Return a hash of what ``source`` holds, without decoding it: sources with equal keys are the same image.
+    """Return a hash of what ``source`` holds: sources with equal keys are the same image. Files are not decoded.
 
     A file and its bytes have one key; an array and a Pillow image of the same pixels have keys of their own.
 
@@ -84,8 +84,9 @@ def content_key(source: ImageSource) -> str:
     """
     digest = hashlib.sha256()
     if isinstance(source, Image.Image):
-        digest.update(f"{source.mode} {source.size} {source.getexif().get(_EXIF_ORIENTATION)}".encode())
-        digest.update(source.tobytes())
+        pixels = load_image(source)
+        digest.update(f"{pixels.size}".encode())
+        digest.update(pixels.tobytes())
     elif isinstance(source, np.ndarray):
         digest.update(f"{source.dtype} {source.shape}".encode())
         digest.update(np.ascontiguousarray(source).data)

@@ -15,6 +15,7 @@ The file's metadata has one entry, ``flashvlm_prompt``: :class:`PromptRecord` as
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from safetensors.numpy import save
 
 from flashvlm_export import __version__
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import PromptError
+from flashvlm_export.errors import BundleError, PromptError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.manifest import Selection, Source
 from flashvlm_export.records import decode_record, encode_record
@@ -132,29 +133,28 @@ def read_prompt(path: Path) -> PromptFile:
     """Return what :func:`write_prompt` wrote, checked.
 
     Raises:
-        PromptError: if the file cannot be read or is no such file, or tensors and record do not fit together.
-        BundleError: if its record is damaged, or of a newer version.
+        PromptError: if the file cannot be read or is no such file, its record is damaged or of a newer version, or
+            tensors and record do not fit together.
     """
     try:
         with safe_open(path, "numpy") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+            record = _read_record(path, opened.metadata() or {})
+            images = range(len(record.image_spans))
+            wanted = {"inputs_embeds": ("F32", 2), "token_ids": ("I64", 1), "positions": ("I64", 1)}
+            wanted |= {f"kept_{number}": ("I64", 1) for number in images}
+            wanted |= {f"scores_{number}": ("F32", 1) for number in images}
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
+            have = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+            if have != wanted:
+                raise PromptError(
+                    "the prompt file has other tensors than its record says",
+                    received=f"{path}: {have}",
+                    expected=f"dtypes and dimensions {wanted}",
+                    hint=_MEND,
+                )
+            tensors = {name: opened.get_tensor(name) for name in wanted}
     except (OSError, SafetensorError) as error:
         raise PromptError("the prompt file cannot be read", received=f"{path}: {error}", hint=_MEND) from error
-    if ENTRY not in metadata:
-        raise PromptError(
-            "this file holds no pruned prompt",
-            received=path,
-            expected=f"a safetensors file with the entry {ENTRY}",
-            hint=_MEND,
-        )
-    record = decode_record(
-        metadata[ENTRY].encode(), PromptRecord, newest=SCHEMA_VERSION, what=f"the record of {path}", mend=_MEND
-    )
-    images = range(len(record.image_spans))
-    names = ["inputs_embeds", "token_ids", "positions", *(f"{part}_{n}" for n in images for part in ("kept", "scores"))]
-    if sorted(names) != sorted(tensors):
-        raise PromptError("the prompt file lacks tensors", received=sorted(tensors), expected=sorted(names), hint=_MEND)
     file = PromptFile(
         record,
         tensors["inputs_embeds"],
@@ -164,8 +164,7 @@ def read_prompt(path: Path) -> PromptFile:
         [tensors[f"scores_{number}"] for number in images],
     )
     length = len(file.token_ids)
-    fits = file.inputs_embeds.ndim == 2 and file.inputs_embeds.dtype == np.float32
-    fits = fits and file.inputs_embeds.shape[0] == length == len(file.positions)
+    fits = len(file.inputs_embeds) == length == len(file.positions)
     fits = fits and [end - start for start, end in record.image_spans] == [len(kept) for kept in file.kept]
     fits = fits and all(0 <= start <= end <= length for start, end in record.image_spans)
     if not fits:
@@ -176,6 +175,21 @@ def read_prompt(path: Path) -> PromptFile:
             hint=_MEND,
         )
     return file
+
+
+def _read_record(path: Path, metadata: Mapping[str, str]) -> PromptRecord:
+    if ENTRY not in metadata:
+        raise PromptError(
+            "this file holds no pruned prompt",
+            received=path,
+            expected=f"a safetensors file with the entry {ENTRY}",
+            hint=_MEND,
+        )
+    content = metadata[ENTRY].encode()
+    try:
+        return decode_record(content, PromptRecord, newest=SCHEMA_VERSION, what=f"the record of {path}", mend=_MEND)
+    except BundleError as error:
+        raise PromptError(error.what, received=error.received, expected=error.expected, hint=error.hint) from error
 
 
 def require_same_model(record: PromptRecord, bundle: Bundle) -> None:

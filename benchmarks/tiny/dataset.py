@@ -18,9 +18,13 @@ def write_dataset(folder: Path, split: str, count: int) -> Path:
     """Write ``count`` questions of ``split`` (see :func:`scenes.held_out`) and return the file of questions."""
     target = folder / f"{split}.jsonl"
     if target.exists():
+        standing = len(target.read_text(encoding="utf-8").splitlines())
+        if standing != count:
+            raise SystemExit(f"{target} holds {standing} questions, not {count}; --overwrite writes it anew")
         return target
     images = folder / split
-    images.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
     lines = []
     for number, (seed, question) in enumerate(scenes.held_out(split, count)):
         # Little compression: the noise in the pictures leaves nothing to gain.
@@ -51,7 +55,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.overwrite:
         (args.folder / f"{args.split}.jsonl").unlink(missing_ok=True)
-        shutil.rmtree(args.folder / args.split, ignore_errors=True)
     print(write_dataset(args.folder, args.split, args.count))
 
 

@@ -277,7 +277,7 @@ def _language_step(
     probe: float,
     further: Tensor | float = 0.0,
 ) -> None:
-    questions = question_batch(batch, run.rng, _KIND_WEIGHTS)
+    questions = question_batch(batch, run.rng, _KIND_WEIGHTS[run.stage])
     middle, final = language_states(run.model.model.language_model, visual, index, questions["tokens"])
     loss, right = answer_loss(run.model, final, questions)
     where, count = run.parts["probe"](middle, questions)
@@ -289,7 +289,10 @@ def _language_step(
 
 
 # The slow kinds more often: colour, shape, existence, counting, relation, reading, place.
-_KIND_WEIGHTS = np.array([0.10, 0.13, 0.14, 0.18, 0.20, 0.17, 0.08])
+_KIND_WEIGHTS = {
+    "language": np.array([0.10, 0.13, 0.14, 0.18, 0.20, 0.17, 0.08]),
+    "joint": np.array([0.05, 0.16, 0.10, 0.31, 0.07, 0.26, 0.05]),
+}
 
 
 def train_align(run: Run) -> None:
@@ -328,20 +331,22 @@ def train_align(run: Run) -> None:
 
 
 def train_joint(run: Run) -> None:
-    """Everything, on whole pictures, from answers; the heads of the vision stage and the probe help a little."""
+    """Everything, on whole pictures, from answers; the heads of the vision stage and the probe help a little.
+
+    Every picture is new: the encoder has seen each text of the cache several times.
+    """
     means = Means()
-    run.pictures.refresh()
     evaluated = run.elapsed
     grid = places(torch.arange(TOKENS))
     for _ in run.loop():
-        chosen = run.rng.integers(len(run.pictures), size=run.args.batch).tolist()
-        pixels = pixels_from_patches(np.stack([run.pictures.patches(seed) for seed in chosen]))
+        first = scenes.SPLITS["train"][0] + 3_000_000 + run.step * run.args.batch
+        shown = [scenes.make_scene(seed) for seed in range(first, first + run.args.batch)]
+        pixels = pixels_from_patches(np.stack([to_patches(np.asarray(scenes.render(scene))) for scene in shown]))
         features = vision_features(run.model.model.vision_tower, pixels)
-        labels, geometry = zip(*[run.pictures.labels_of(seed) for seed in chosen], strict=True)
+        labels, geometry = zip(*[patch_labels(scene) for scene in shown], strict=True)
         heads, _ = run.parts["heads"](features, _stack(labels).long(), _stack(geometry), grid)
         means.add("heads", heads.item())
         visual = project(run.model.model.multi_modal_projector, features[:, 1:])
-        shown = [scenes.make_scene(seed) for seed in chosen]
         _language_step(run, means, visual, None, shown, 1.0, 0.15 * heads)
         if run.step % 50 == 49:
             run.log(**means.take())

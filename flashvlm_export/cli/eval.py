@@ -14,7 +14,7 @@ from flashvlm_export import __version__
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import PROVIDERS, add_backend_arguments, pipeline_from, selectors_from
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.errors import ConfigError, DependencyError
+from flashvlm_export.errors import ConfigError, DependencyError, JournalError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.progress import Progress
 
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         required=True,
-        help="for answers, results.json and accuracy.svg; given again, the evaluation goes on where it ended",
+        help="for answers, results.json and accuracy.svg; with --selector a directory for each, comparison.json and "
+        "selectors.svg beside them; given again, the evaluation goes on where it ended",
     )
     parser.add_argument(
         "--budgets",
@@ -101,21 +102,22 @@ def run(args: argparse.Namespace) -> None:
         results = {
             name: _results(args, data, keys, budgets, journal, visual_tokens) for name, journal in journals.items()
         }
-        for name, folder in folders.items():
-            _write(folder, results[name])
-        comparison = None if chosen is None else _compare(args, data, keys, budgets, journals, results)
-    _report(args, results, comparison)
+        written = [_write(folder, results[name]) for name, folder in folders.items()]
+        drawn, comparison = all(written), None
+        if chosen is not None:
+            comparison, drawn = _compare(args, data, keys, budgets, journals, results)
+    _report(args, results, comparison, drawn)
 
 
 def _check_room(args: argparse.Namespace, bundle: Bundle, budgets: list[int]) -> None:
     """Refuse answers that cannot fit behind the visual tokens, before any question is asked."""
     decoder = bundle.manifest.decoder
     room = decoder.max_positions - max(budgets) if decoder else 0
-    if decoder and args.max_tokens > room:
+    if decoder and args.max_tokens >= room:
         raise ConfigError(
             "the language model has no room for answers as long as this",
             received=f"--max-tokens {args.max_tokens} behind {max(budgets)} visual tokens",
-            expected=f"less than {room}: {decoder.max_positions} positions hold image, question and answer",
+            expected=f"{decoder.max_positions} positions for image, question and answer together",
         )
 
 
@@ -149,6 +151,7 @@ def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, sele
         args.max_tokens,
         args.text_span,
         selector,
+        bundle.manifest.source.weights_sha256,
     )
 
 
@@ -200,14 +203,15 @@ def _results(
     )
 
 
-def _write(folder: Path, results: Results) -> None:
+def _write(folder: Path, results: Results) -> bool:
+    """Write the figures, and say whether their picture could be drawn."""
     from flashvlm_export.evaluation.plot import PLOT, draw_accuracy
     from flashvlm_export.evaluation.results import RESULTS
     from flashvlm_export.records import encode_record
 
     with atomic_write(folder / RESULTS) as temporary:
         temporary.write_bytes(encode_record(results))
-    _draw(lambda: draw_accuracy(results, folder / PLOT))
+    return _draw(lambda: draw_accuracy(results, folder / PLOT))
 
 
 def _compare(
@@ -217,7 +221,7 @@ def _compare(
     budgets: list[int],
     journals: dict[str, Journal],
     results: dict[str, Results],
-) -> Comparison:
+) -> tuple[Comparison, bool]:
     """Write the selectors side by side: those of this run, and whatever else lies beside them and answers the same."""
     from flashvlm_export.evaluation.compare import COMPARISON, SCHEMA_VERSION, Comparison, compare
     from flashvlm_export.evaluation.journal import JOURNAL, read_answers
@@ -225,12 +229,25 @@ def _compare(
     from flashvlm_export.records import encode_record
 
     answers = {name: journal.answers for name, journal in journals.items()}
-    for folder in sorted(path.parent for path in args.output.glob(f"*/{JOURNAL}")):
-        if folder.name not in answers:
-            _, found = read_answers(folder)
-            if all((key, budget) in found for key in keys for budget in budgets):
-                answers[folder.name] = found
+    settings = {name: journal.settings for name, journal in journals.items()}
     first = next(iter(results.values()))
+    for folder in sorted(path.parent for path in args.output.glob(f"*/{JOURNAL}")):
+        if folder.name in answers:
+            continue
+        try:
+            theirs, found = read_answers(folder)
+        except JournalError as error:
+            print(f"NOTE: {folder} is not compared: {error.what}", file=sys.stderr)
+            continue
+        same = ("weights_sha256", "max_new_tokens")
+        differing = [name for name in same if getattr(theirs, name) != getattr(first.settings, name)]
+        reason = f"another {differing[0]}" if differing else None
+        if not all((key, budget) in found for key in keys for budget in budgets):
+            reason = "answers are missing"
+        if reason is not None:
+            print(f"NOTE: {folder} is not compared: {reason}", file=sys.stderr)
+            continue
+        answers[folder.name], settings[folder.name] = found, theirs
     comparison = Comparison(
         SCHEMA_VERSION,
         first.settings.model,
@@ -238,23 +255,25 @@ def _compare(
         first.dataset,
         first.visual_tokens,
         compare(data.questions, keys, budgets, answers, visual_tokens=first.visual_tokens, seed=args.seed),
+        settings,
         first.bootstrap,
         first.tools,
     )
     with atomic_write(args.output / COMPARISON) as temporary:
         temporary.write_bytes(encode_record(comparison))
-    _draw(lambda: draw_selectors(comparison, args.output / SELECTORS_PLOT))
-    return comparison
+    return comparison, _draw(lambda: draw_selectors(comparison, args.output / SELECTORS_PLOT))
 
 
-def _draw(draw: Callable[[], None]) -> None:
+def _draw(draw: Callable[[], None]) -> bool:
     try:
         draw()
     except DependencyError as error:
         print(f"no plot: {error}", file=sys.stderr)
+        return False
+    return True
 
 
-def _report(args: argparse.Namespace, results: dict[str, Results], comparison: Comparison | None) -> None:
+def _report(args: argparse.Namespace, results: dict[str, Results], comparison: Comparison | None, drawn: bool) -> None:
     from flashvlm_export.evaluation.compare import COMPARISON, comparison_table
     from flashvlm_export.evaluation.plot import PLOT, SELECTORS_PLOT
     from flashvlm_export.evaluation.results import RESULTS, table
@@ -267,7 +286,6 @@ def _report(args: argparse.Namespace, results: dict[str, Results], comparison: C
     if cut_off:
         say(f"{cut_off} answer(s) were cut off at {args.max_tokens} tokens; --max-tokens allows longer ones")
     say(f"results: {args.output / record}")
-    drawn = (args.output / plot).is_file()
     if drawn:
         say(f"plot: {args.output / plot}")
     if args.json:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         help="also write encoder and selector as graphs of their own, so that an image is encoded once for many "
-        "questions; LIST: further selectors to write, with commas, or all",
+        "questions; LIST: further selectors to write, with commas, or all (--split goes behind MODEL)",
     )
     parser.add_argument(
         "--decoder",

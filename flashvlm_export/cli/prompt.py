@@ -48,4 +48,5 @@ def run(args: argparse.Namespace) -> None:
         f"{args.output}: {len(prompt.inputs_embeds)} positions, {prompt.visual_tokens_kept} of "
         f"{prompt.visual_tokens_before} visual tokens"
     )
-    say(f"next: flashvlm run {args.bundle} --pruned {args.output}")
+    if bundle.manifest.decoder is not None:
+        say(f"next: flashvlm run {args.bundle} --pruned {args.output}")

@@ -133,12 +133,14 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     """Answer a prompt from a file; the visual graph is not needed."""
     from flashvlm_export.runtime.prompt_file import read_prompt, require_same_model
 
-    given = [f"--{name}" for name in ("image", "prompt", "heatmap") if getattr(args, name) is not None]
+    visual = ("image", "prompt", "system", "raw_prompt", "budget", "selector", "engine", "heatmap", "visual_only")
+    given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False)]
+    given += ["--text-span"] if args.text_span != "prompt" else []
     if given:
         raise UsageError(
-            "a pruned prompt has its images and question inside",
-            received=" and ".join(given),
-            expected="--pruned alone",
+            "a pruned prompt has its images and question inside, and its visual tokens are chosen",
+            received=", ".join(given),
+            expected="--pruned without them",
         )
     file = read_prompt(args.pruned)
     bundle = Bundle.open(args.bundle)

@@ -7,6 +7,7 @@
 - ``evaluate.py``     asks what the journal lacks
 - ``bootstrap.py``    resampled sums of questions or groups of them
 - ``results.py``      answers → figures with 95 % intervals, as a record and a table
+- ``compare.py``      selectors side by side, on the same questions
 - ``plot.py``         accuracy over budget as a picture
 - ``convert/``        published file formats → data set
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flashvlm_export.evaluation.dataset import Question
-from flashvlm_export.evaluation.journal import AnswerLine
+from flashvlm_export.evaluation.journal import AnswerLine, RunSettings
 from flashvlm_export.evaluation.results import (
     Column,
     DataSetEntry,
@@ -53,10 +53,11 @@ class Comparison:
     Attributes:
         schema_version: of this record.
         model: name that was exported.
-        precision: of the graphs.
+        precision: of the first selector's graph.
         dataset: which questions.
         visual_tokens: of one image without pruning.
         selectors: figures by selector, then by budget.
+        settings: what the answers of each selector depend on.
         bootstrap: how the intervals came about.
         tools: versions of this package and of Python.
     """
@@ -67,6 +68,7 @@ class Comparison:
     dataset: DataSetEntry
     visual_tokens: int
     selectors: list[SelectorFigures]
+    settings: dict[str, RunSettings]
     bootstrap: dict[str, float]
     tools: dict[str, str] = field(default_factory=dict)
 

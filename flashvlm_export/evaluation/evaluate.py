@@ -150,7 +150,7 @@ def answer_missing(
     missing = _missing(questions, keys, budgets, journals)
     if not missing:
         return 0
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     new = 0
     total = sum(len(cells) for _, cells in missing.values())
     progress.step(f"{total} answer(s) to {len(missing)} question(s) are missing")
@@ -168,10 +168,12 @@ def answer_missing(
                     reply = ask(question.image, question.question, budget, selector)
                 except (ImageError, PromptError, LLMError) as error:
                     detail = f" ({error.received})" if error.received is not None else ""
-                    failures.append(f"{question.id} at budget {budget}: {error.what}{detail}")
+                    failures.setdefault(question.id, f"{question.id} at budget {budget}: {error.what}{detail}")
                     if len(failures) == _MOST_FAILURES:
                         raise _failed(failures, journals, stopped=True) from error
-                    continue
+                    if isinstance(error, LLMError):  # a smaller budget may fit
+                        continue
+                    break
                 answer = AnswerLine(key, budget, question.id, reply.text, reply.new_tokens, reply.finish_reason)
                 journals[selector].add(answer)
                 unpruned = answer if budget == visual_tokens else unpruned
@@ -198,11 +200,11 @@ def _missing(
     return missing
 
 
-def _failed(failures: list[str], journals: Mapping[str, Journal], *, stopped: bool) -> EvaluationError:
+def _failed(failures: Mapping[str, str], journals: Mapping[str, Journal], *, stopped: bool) -> EvaluationError:
     kept = sum(len(journal.answers) for journal in journals.values())
     return EvaluationError(
         f"{len(failures)} question(s) could not be answered" + (", so the evaluation stopped" if stopped else ""),
-        received="\n            ".join(failures),
+        received="\n            ".join(failures.values()),
         expected="an answer to every question",
         hint=f"mend them or take them out of the data set, then run the same command again: {kept} answers "
         f"are kept in {', '.join(str(journal.path) for journal in journals.values())}",

@@ -22,6 +22,8 @@ from flashvlm_export.errors import JournalError, StorageError
 from flashvlm_export.files import storage_errors
 
 JOURNAL = "answers.jsonl"
+# Settings that the bundle's hash covers.
+_FOR_PEOPLE = ("model", "selector", "weights_sha256")
 SCHEMA_VERSION = 1
 
 
@@ -36,7 +38,8 @@ class RunSettings:
         backend: what ran it, such as ``onnxruntime CPUExecutionProvider``.
         max_new_tokens: answers end after this many tokens.
         text_span: text that guides selection.
-        selector: that chose the visual tokens; for people, its graph is part of the hash.
+        selector: that chose the visual tokens; for people, its graph is part of the first hash.
+        weights_sha256: of the checkpoint's weights, as the manifest has it: what different selectors have in common.
     """
 
     model: str
@@ -46,6 +49,7 @@ class RunSettings:
     max_new_tokens: int
     text_span: str
     selector: str = ""
+    weights_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Journal:
             return
         header, self.answers, self.damaged = _parse(whole, self.path)
         recorded, wanted = dataclasses.asdict(header.settings), dataclasses.asdict(self.settings)
-        differing = [name for name in wanted if name not in ("model", "selector") and recorded[name] != wanted[name]]
+        differing = [name for name in wanted if name not in _FOR_PEOPLE and recorded[name] != wanted[name]]
         if differing:
             raise JournalError(
                 "the output directory holds answers that were given under other settings",

@@ -11,6 +11,7 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import ConfigError, SessionError
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeGraph
+from flashvlm_export.selection import SELECTORS
 from flashvlm_export.specs import Array, Feeds, GraphSpec, Precision
 
 
@@ -70,7 +71,9 @@ class SplitSession(VisualSession):
                     "the bundle has no such selector",
                     received=repr(name),
                     expected=f"one of {', '.join(halves.selectors)}",
-                    hint=f"{bundle.export_command()} --split {','.join([*halves.selectors, name])}",
+                    hint=f"export it too: {bundle.export_command(split=[*halves.selectors, name])}"
+                    if name in SELECTORS
+                    else None,
                 )
         self.bundle = bundle
         self.halves = halves
@@ -113,11 +116,7 @@ class SplitSession(VisualSession):
             BudgetError: if the budget is outside of ``1..N``.
         """
         self._require_open()
-        name = self.selectors[0] if selector is None else selector
-        if name not in self._selectors:
-            raise ConfigError(
-                "this selector is not loaded", received=repr(name), expected=f"one of {', '.join(self.selectors)}"
-            )
+        name = self.loaded(selector)
         feeds = {
             "patch_features": np.stack([image.patch_features for image in images]),
             "saliency": np.stack([image.saliency for image in images]),
@@ -128,6 +127,14 @@ class SplitSession(VisualSession):
         }
         self.halves.selectors[name].spec.check_feeds(feeds)
         return VisualOutputs(*self._selectors[name].run(feeds))
+
+    def loaded(self, selector: str | None) -> str:
+        """Return the name of a loaded selector, the first for ``None``; raise :class:`ConfigError` if it is not."""
+        if selector is not None and selector not in self.selectors:
+            raise ConfigError(
+                "this selector is not loaded", received=repr(selector), expected=f"one of {', '.join(self.selectors)}"
+            )
+        return selector or self.selectors[0]
 
     def _require_open(self) -> OnnxRuntimeGraph:
         if self._encoder is None:

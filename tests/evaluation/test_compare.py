@@ -41,7 +41,9 @@ def comparison(right: dict[str, dict[int, list[bool]]]) -> Comparison:
     budgets = list(next(iter(right.values())))
     figures = compare(questions, keys, budgets, answers, visual_tokens=576, seed=0)
     data = DataSetEntry("data.jsonl", "1" * 64, count)
-    return Comparison(1, "models/tiny", "fp32", data, 576, figures, bootstrap_settings(0))
+    return Comparison(
+        1, "models/tiny", "fp32", data, 576, figures, dict.fromkeys(answers, SETTINGS), bootstrap_settings(0)
+    )
 
 
 def test_figures_by_hand() -> None:
@@ -74,6 +76,7 @@ def test_the_difference_is_paired() -> None:
 
 
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the picture")
     full, half = [True] * 8, [True, False] * 4
     found = comparison({"flashvlm": {576: full, 64: half}, "random": {576: full, 64: [False] * 8}})
     lines = [re.split(r"  +", row) for row in comparison_table(found)]

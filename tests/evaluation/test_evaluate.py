@@ -48,7 +48,7 @@ def data(write_data: Callable[..., Path], questions: list[dict[str, Any]]) -> Pa
 def test_each_question_is_asked_once_per_budget(data: Path, model: CountingModel, tmp_path: Path) -> None:
     answers = evaluate(data, tmp_path / "out", [16, 4], model)
     assert len(model.asked) == len(set(model.asked)) == len(answers) == 16
-    assert [budget for _, _, budget in model.asked] == [16, 4] * 8  # an image is looked at once
+    assert [budget for _, _, budget in model.asked] == [16, 4] * 8  # question by question
     assert {answer.text for answer in answers.values()} == {" ".join(map(str, asked)) for asked in model.asked}
 
 

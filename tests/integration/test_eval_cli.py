@@ -404,7 +404,8 @@ def test_selectors_side_by_side(
         ("divprune", 16),
         ("divprune", 4),
     ]
-    assert "divprune" in (out / "selectors.svg").read_text()
+    if printed["plot"] is not None:  # matplotlib is an extra
+        assert "divprune" in (out / "selectors.svg").read_text()
     # The fused graph, in a directory of its own, says the same as its two halves.
     fused = tmp_path / "fused"
     assert main(["eval", str(tiny_bundle), "--data", str(data), "--output", str(fused), *SHORT, "--budgets", "4"]) == 0
@@ -416,9 +417,19 @@ def test_selectors_side_by_side(
     calls.clear()
     capsys.readouterr()
     shutil.copytree(out / "divprune", out / "downsampling")
+    foreign = shutil.copytree(out / "divprune", out / "foreign") / "answers.jsonl"
+    header, *others = foreign.read_text().splitlines(keepends=True)
+    record = json.loads(header)
+    record["settings"]["weights_sha256"] = "0" * 64
+    foreign.write_text("".join([json.dumps(record) + "\n", *others]))
+    (out / "damaged").mkdir()
+    (out / "damaged" / "answers.jsonl").write_text("{\n")
     assert main([*command, "--selector", "all"]) == 0
     assert len(calls) == 5
-    shown = capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert f"{out / 'foreign'} is not compared: another weights_sha256" in captured.err
+    assert f"{out / 'damaged'} is not compared" in captured.err
+    shown = captured.out
     assert [line.split()[0] for line in shown.splitlines()[1:9:2]] == [
         "flashvlm",
         "divprune",
@@ -435,7 +446,7 @@ def test_selectors_that_are_not_there(
     assert main([*command, "flashvlm,uniform"]) == 2
     message = capsys.readouterr().err
     assert "no such selector" in message
-    assert "--split flashvlm,divprune,cdpruner,uniform" in message
+    assert "--split divprune,cdpruner,uniform" in message
     assert not out.exists()
     image = str(data.parent / "0.png")
     run = ["run", str(tiny_bundle), "--image", image, "--prompt", "What?", "--selector"]
@@ -453,5 +464,8 @@ def test_answers_without_room_are_refused_at_once(
     message = capsys.readouterr().err
     assert "--max-tokens 1010 behind 16 visual tokens" in message
     assert "1024 positions" in message
+    command[-1] = "1007"
+    assert main([*command, "--budgets", "full", "--limit", "0"]) == 2
+    assert "has no room" not in capsys.readouterr().err
     assert main([*command, "--budgets", "full,99"]) == 2
     assert "--budgets full,128,32" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def test_the_demo_is_answered_right(vlm: Pipeline) -> None:
 def test_questions_about_new_scenes(vlm: Pipeline, tmp_path: Path) -> None:
     """84 questions, 12 of each kind: chance is 31 % (README of benchmarks/tiny), the measured accuracy is above 90 %.
 
-    Fewer than 68 right answers come with a probability below 1e-4 where 90 % are.
+    Fewer than 65 right answers come with a probability of 2e-4 where 90 % are.
     """
     questions = read_dataset(dataset.write_dataset(tmp_path, "dev", 84)).questions
     right = [
@@ -73,7 +73,7 @@ def test_questions_about_new_scenes(vlm: Pipeline, tmp_path: Path) -> None:
         in asked.answers
         for asked in questions
     ]
-    assert sum(right) >= 68
+    assert sum(right) >= 65
 
 
 def test_the_data_set_holds_what_was_asked_for(tmp_path: Path) -> None:

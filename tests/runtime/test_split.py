@@ -146,14 +146,34 @@ def test_keys_tell_images_apart(tmp_path: Path) -> None:
     image = picture()
     turned = image.copy()
     turned.getexif()[0x0112] = 6  # rotated on loading
+    painted = Image.new("P", (8, 8), 1)
+    painted.putpalette([0, 0, 0, 250, 0, 0])
+    repainted = painted.copy()
+    repainted.putpalette([0, 0, 0, 0, 250, 0])
     pixels = np.asarray(image)
     file = tmp_path / "a.png"
     image.save(file)
-    sources: list[Any] = [image, turned, image.convert("L"), pixels, pixels[::-1], pixels.reshape(90, 70, 3), file]
+    sources: list[Any] = [
+        image,
+        turned,
+        image.convert("L"),
+        painted,
+        repainted,
+        pixels,
+        pixels[::-1],
+        pixels.reshape(90, 70, 3),
+        file,
+    ]
     keys = [content_key(source) for source in sources]
     assert len(set(keys)) == len(keys)
     assert keys == [content_key(source) for source in sources]
     assert content_key(str(file)) == content_key(file.read_bytes()) == keys[-1]
+    (tmp_path / "cut.png").write_bytes(file.read_bytes()[:2000])
+    with (
+        Image.open(tmp_path / "cut.png") as cut,
+        pytest.raises(ImageError, match="image"),
+    ):
+        content_key(cut)
     for bad in (tmp_path / "none.png", "https://example.com/a.png", "data:image/png;base64,?", 7):
         with pytest.raises(ImageError) as wrong:
             content_key(bad)  # type: ignore[arg-type]
@@ -165,7 +185,13 @@ def test_keys_tell_images_apart(tmp_path: Path) -> None:
 def test_bad_input_is_refused(bundle: Bundle, pipeline: Pipeline) -> None:
     with pytest.raises(ConfigError, match="no such selector") as wrong:
         SplitSession(bundle, Precision.FP32, ["uniform"])
-    assert "--split flashvlm,divprune,cdpruner,uniform" in str(wrong.value)
+    assert "--split divprune,cdpruner,uniform" in str(wrong.value)
+    with pytest.raises(ConfigError, match="no such selector") as wrong:
+        SplitSession(bundle, Precision.FP32, ["unifrom"])
+    assert "--split" not in str(wrong.value)
+    with pytest.raises(ConfigError, match="as graphs of their own") as wrong:
+        bundle.split_graphs(Precision.INT8)
+    assert "--precision fp32" in str(wrong.value)  # nothing that would replace the bundle
     whole = Bundle(bundle.path, replace(bundle.manifest, split={}))
     with pytest.raises(ConfigError, match="as graphs of their own") as wrong:
         Pipeline.open(whole, selectors=[])
@@ -173,7 +199,8 @@ def test_bad_input_is_refused(bundle: Bundle, pipeline: Pipeline) -> None:
     with pytest.raises(UsageError, match="an engine is built of the fused graph"):
         Pipeline.open(bundle, selectors=[], engine="rtx-30")
     with pytest.raises(ConfigError, match="not loaded"):
-        pipeline.encode([Request([picture()], "What?")], selector="cdpruner")
+        pipeline.encode([Request([picture(99)], "What?")], selector="cdpruner")
+    assert pipeline.images.stats.misses == 0  # refused before anything was looked at
     with pytest.raises(BudgetError):
         pipeline.encode([Request([picture()], "What?")], budget=17)
     with Pipeline.open(whole, with_llm=False) as fused, pytest.raises(UsageError, match="has its selector inside"):
