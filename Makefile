@@ -42,8 +42,8 @@ demo: $(DEMO)/bundle/manifest.json ## a picture and seven questions through the 
 $(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors
 	$(BIN)/flashvlm export flashvlm-tiny --output $(DEMO)/bundle --overwrite --precision fp32
 
-# Pictures and questions of benchmarks/tiny: 3,000 to measure accuracy, a few for reports, 64 to calibrate with.
-$(SCENES)/test.jsonl: count := 3000
+# Pictures and questions of benchmarks/tiny: 1,050 to measure accuracy, a few for reports, 64 to calibrate with.
+$(SCENES)/test.jsonl: count := 1050
 $(SCENES)/few/test.jsonl: count := 14
 $(SCENES)/calibration/dev.jsonl: count := 64
 $(SCENES)/test.jsonl $(SCENES)/few/test.jsonl $(SCENES)/calibration/dev.jsonl: benchmarks/tiny/scenes.py benchmarks/tiny/dataset.py $(VENV)/installed

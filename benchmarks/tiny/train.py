@@ -32,10 +32,13 @@ from model import (
     vision_features,
 )
 from optimiser import Optimiser
+from safetensors.torch import load_file, save_file
 from scenes import patch_owners
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+_OTHERS = "training.safetensors"
 STAGES = ["vision", "language", "align", "joint"]
 WINDOW = 8
 _MEAN = torch.tensor(OPENAI_CLIP_MEAN).repeat_interleave(scenes.PATCH**2) * 255
@@ -89,8 +92,8 @@ class Run:
         self.elapsed, self.step, self.marks = 0.0, 0, (0.0, 0.0)
         self.pictures = Pictures(args.work / "cache")
         for source in args.start:
-            self._take(torch.load(self.folder / f"{source}.pt")["weights"], source)
-        if args.stage == "vision":
+            self._take(_weights_of(self.folder, source), source)
+        if args.stage == "vision" and not args.start:
             self.pictures.refresh()
             _whiten(self.model, self.pictures)
         self.parts["model"].bfloat16()
@@ -281,7 +284,7 @@ def _language_step(
     middle, final = language_states(run.model.model.language_model, visual, index, questions["tokens"])
     loss, right = answer_loss(run.model, final, questions)
     where, count = run.parts["probe"](middle, questions)
-    (loss + probe * (where + 0.2 * count) + further).backward()
+    (loss + probe * where + count + further).backward()
     means.add("count", count.item())
     means.add("loss", loss.item())
     means.add("where", where.item())
@@ -291,7 +294,7 @@ def _language_step(
 # The slow kinds more often: colour, shape, existence, counting, relation, reading, place.
 _KIND_WEIGHTS = {
     "language": np.array([0.10, 0.13, 0.14, 0.18, 0.20, 0.17, 0.08]),
-    "joint": np.array([0.05, 0.16, 0.10, 0.31, 0.07, 0.26, 0.05]),
+    "joint": np.array([0.04, 0.17, 0.08, 0.38, 0.05, 0.24, 0.04]),
 }
 
 
@@ -344,10 +347,12 @@ def train_joint(run: Run) -> None:
         pixels = pixels_from_patches(np.stack([to_patches(np.asarray(scenes.render(scene))) for scene in shown]))
         features = vision_features(run.model.model.vision_tower, pixels)
         labels, geometry = zip(*[patch_labels(scene) for scene in shown], strict=True)
-        heads, _ = run.parts["heads"](features, _stack(labels).long(), _stack(geometry), grid)
+        heads, seen = run.parts["heads"](features, _stack(labels).long(), _stack(geometry), grid)
         means.add("heads", heads.item())
+        means.add("centre_px", seen["centre_px"].item())
+        means.add("middle", seen["middle"].item())
         visual = project(run.model.model.multi_modal_projector, features[:, 1:])
-        _language_step(run, means, visual, None, shown, 1.0, 0.15 * heads)
+        _language_step(run, means, visual, None, shown, 1.0, 0.3 * heads)
         if run.step % 50 == 49:
             run.log(**means.take())
         if run.elapsed - evaluated > 240:
@@ -377,11 +382,23 @@ def evaluate(run: Run, count: int = 96) -> dict[str, float]:
 
 
 def export(run: Run) -> None:
-    """The checkpoint as transformers reads it, into ``checkpoint`` in the work folder."""
-    model = make_model()
+    """The checkpoint as transformers reads it, and what is thrown away beside it, to go on from another day."""
+    model, weights = make_model(), run.weights()
     prefix = "model."
-    model.load_state_dict({n[len(prefix) :]: v for n, v in run.weights().items() if n.startswith(prefix)})
+    model.load_state_dict({n[len(prefix) :]: v for n, v in weights.items() if n.startswith(prefix)})
     save_checkpoint(model, run.folder / "checkpoint")
+    others = {n: v.half().contiguous() for n, v in weights.items() if not n.startswith(prefix)}
+    save_file(others, run.folder / _OTHERS)
+
+
+def _weights_of(folder: Path, source: str) -> dict[str, Tensor]:
+    """Weights of a stage in the work folder, or those of the finished run that lie beside this file."""
+    if source != "repository":
+        weights: dict[str, Tensor] = torch.load(folder / f"{source}.pt")["weights"]
+        return weights
+    here = Path(__file__).parent
+    model = LlavaForConditionalGeneration.from_pretrained(here / "checkpoint", dtype=torch.float32)
+    return {f"model.{name}": value for name, value in model.state_dict().items()} | load_file(here / _OTHERS)
 
 
 def main() -> None:
@@ -389,7 +406,12 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, required=True, help="folder for cache, states and log")
     parser.add_argument("--minutes", type=float, required=True, help="length of the stage, all its pieces together")
-    parser.add_argument("--start", nargs="*", default=[], help="stages whose weights to begin with")
+    parser.add_argument(
+        "--start",
+        nargs="*",
+        default=[],
+        help="stages whose weights to begin with, or repository: the checkpoint beside this file",
+    )
     parser.add_argument("--fresh", action="store_true", help="do not resume this stage")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=6, help="pictures, windows or scenes in a step")
