@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from output import finish
+
 from flashvlm_export.bundle import Bundle
 
 TARGET_RATIO = 3.0
@@ -76,9 +78,7 @@ def main() -> int:
                         flush=True,
                     )
     result = {"benchmark": "engine_builds", "target_ratio": TARGET_RATIO, "engines": rows}
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 0
 
 

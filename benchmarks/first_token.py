@@ -12,7 +12,6 @@ Without BUNDLE, a LLaVA of a ViT-L/336 and a language model in the shapes of Tin
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -22,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+from output import finish
 
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline, Request
@@ -89,9 +89,7 @@ def main() -> int:
         counts = [int(text) for text in args.images.split(",")]
         rows = [row for count in counts for row in measure(bundle, count, budgets, args.repeats, args.threads)]
     result = {"benchmark": "first_token", "threads": args.threads, "repeats": args.repeats, "rows": rows}
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 0
 
 

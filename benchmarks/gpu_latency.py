@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from output import finish
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.engines import list_engines
@@ -190,9 +190,7 @@ def main() -> int:
         "median_ms": times_ms,
         "not_run": not_run,
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from output import finish
 from turns import take_turns
 
 from flashvlm_export.bundle import Bundle
@@ -68,9 +68,7 @@ def main() -> int:
         "median_ms": {name: round(value, 1) for name, value in medians_ms.items()},
         "best_ms": {name: round(min(values), 1) for name, values in times_ms.items()},
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 0
 
 

@@ -10,7 +10,6 @@ another.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from output import finish
 from torch import Tensor
 
 from flashvlm_export.evaluation.compare import compare
@@ -217,9 +217,7 @@ def main() -> int:
             for row in figures
         ],
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 0
 
 

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from output import finish
 from turns import take_turns
 from visual_variants import FEEDS, make_variant, prepare, say
 
@@ -248,9 +248,7 @@ def main() -> int:
     print_tables(result)
     for problem in problems:
         say(f"WRONG: {problem}")
-    if args.output is not None:
-        args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    finish(result, args.output)
     return 1 if problems else 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.cli.run import budget_from
+from flashvlm_export.cli.run import add_prompt_arguments, budget_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,13 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="question about them")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="safetensors file to write")
-    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
-    parser.add_argument(
-        "--raw-prompt", action="store_true", help="TEXT is a whole prompt with its image placeholders; no chat template"
-    )
-    parser.add_argument(
-        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
-    )
+    add_prompt_arguments(parser)
     add_backend_arguments(parser)
 
 

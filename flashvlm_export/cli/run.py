@@ -33,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pruned", metavar="FILE", type=Path, help="answer a prompt that flashvlm prompt wrote, instead of images"
     )
-    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
-    parser.add_argument(
-        "--raw-prompt", action="store_true", help="TEXT is a whole prompt with its image placeholder; no chat template"
-    )
-    parser.add_argument(
-        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
-    )
+    add_prompt_arguments(parser)
     add_backend_arguments(parser)
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 = greedy")
@@ -50,6 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heatmap", metavar="FILE", type=Path, help="write a picture of scores and kept tokens (.png, .jpg, .webp)"
     )
     parser.add_argument("--visual-only", action="store_true", help="select tokens and stop; needs no language model")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what becomes of a question: ``--system``, ``--raw-prompt`` and ``--budget``."""
+    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
+    parser.add_argument(
+        "--raw-prompt",
+        action="store_true",
+        help="TEXT is a whole prompt with a placeholder for each image; no chat template",
+    )
+    parser.add_argument(
+        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
