@@ -23,7 +23,8 @@ def write_dataset(folder: Path, split: str, count: int) -> Path:
             raise SystemExit(f"{target} holds {standing} questions, not {count}; --overwrite writes it anew")
         return target
     images = folder / split
-    shutil.rmtree(images, ignore_errors=True)
+    if images.exists():  # pictures of a run that was interrupted
+        shutil.rmtree(images)
     images.mkdir(parents=True)
     lines = []
     for number, (seed, question) in enumerate(scenes.held_out(split, count)):

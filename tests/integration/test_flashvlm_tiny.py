@@ -21,9 +21,9 @@ from flashvlm_export.runtime.pipeline import Pipeline
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks/tiny"), str(ROOT / "examples")]
 
-import dataset  # type: ignore[import-not-found]
-import demo  # type: ignore[import-not-found]
-import scenes  # type: ignore[import-not-found]
+import dataset  # type: ignore[import-not-found]  # a script, found by the path above
+import demo  # type: ignore[import-not-found]  # a script, found by the path above
+import scenes  # type: ignore[import-not-found]  # a script, found by the path above
 
 
 @pytest.fixture(scope="module")
