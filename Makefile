@@ -17,8 +17,10 @@ WEIGHTS := $(TINY)
 DATA ?= $(SCENES)/test.jsonl
 BUDGETS ?= full,192,128,64,32,16
 SELECTOR ?= all
+POSITIONS ?= contiguous original
 PICTURES := $(SCENES)/few/test
 endif
+POSITIONS ?= contiguous
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
@@ -106,13 +108,15 @@ report: $(VENV)/installed $(addsuffix .jsonl,$(PICTURES)) ## parity and latency 
 	$(BIN)/flashvlm report $(BUNDLE) --checkpoint $(WEIGHTS) --output $(BUNDLE)-report \
 	  $(if $(PICTURES),--images $(PICTURES) --prompts $(PICTURES).txt) $(patsubst %/results.json,--eval %,$(EVALUATED))
 
-# BUDGETS: a list such as full,128,32. SELECTOR: a list, or all, to compare. What is answered is kept in OUTPUT and not
-# asked again.
-eval: $(VENV)/installed $(filter $(SCENES)/%,$(DATA)) ## accuracy of MODEL in BUNDLE, exported first where needed, on DATA (BUDGETS, SELECTOR, OUTPUT)
+# BUDGETS: a list such as full,128,32. SELECTOR: a list, or all, to compare. POSITIONS: contiguous, original or, with
+# SELECTOR, both. What is answered is kept in OUTPUT and not asked again.
+eval: $(VENV)/installed $(filter $(SCENES)/%,$(DATA)) ## accuracy of MODEL in BUNDLE, exported first where needed, on DATA (BUDGETS, SELECTOR, POSITIONS, OUTPUT)
 	$(if $(DATA),,$(error DATA=FILE.jsonl is missing: flashvlm dataset makes one from the files of a benchmark))
 	$(EXPORT_ONCE)
-	$(BIN)/flashvlm eval $(BUNDLE) --data $(DATA) --output $(OUTPUT) $(if $(BUDGETS),--budgets $(BUDGETS)) \
-	  $(if $(SELECTOR),--selector $(SELECTOR))
+	for positions in $(POSITIONS); do \
+	  $(BIN)/flashvlm eval $(BUNDLE) --data $(DATA) --output $(OUTPUT) $(if $(BUDGETS),--budgets $(BUDGETS)) \
+	    $(if $(SELECTOR),--selector $(SELECTOR)) --positions $$positions || exit 1; \
+	done
 
 bench: $(VENV)/installed ## full-size latency of the fused graph against PyTorch
 	$(BIN)/python benchmarks/visual_latency.py

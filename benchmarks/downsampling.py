@@ -84,7 +84,9 @@ def main() -> None:
     manifest = pipeline.bundle.manifest
     digest = bundle_sha256(pipeline.bundle, Precision(next(iter(manifest.graphs))))
     backend = "transformers, pictures made smaller"
-    settings = RunSettings(manifest.source.model, digest, "fp32", backend, args.max_tokens, "none", "downsampling")
+    settings = RunSettings(
+        manifest.source.model, digest, "fp32", backend, args.max_tokens, "none", selector="downsampling"
+    )
     progress = Progress.on_stderr()
     keys = question_keys(data.questions, progress)
     with Journal(args.output, settings) as journal:

@@ -1,10 +1,9 @@
 """What each setting of a selector does to accuracy: one is changed at a time, on the same questions.
 
-Every picture is encoded once by transformers in float32; selection runs as the torch module that exports, with and
-without noise of INT8's size on what it sees; the language model answers from the kept tokens in batches. An answer
-counts by its first token, so the data set's answers have to be single tokens, as those of ``benchmarks/tiny`` are.
-Figures come with paired 95 % intervals against the defaults (first row). Settle settings on one split, report them on
-another.
+Every picture is encoded once by transformers in float32; selection is the NumPy definition, with and without noise of
+INT8's size on what it sees; the language model answers from the kept tokens in batches. An answer counts by its first
+token, so the data set's answers have to be single tokens, as those of ``benchmarks/tiny`` are. Figures come with paired
+95 % intervals against the first row, the defaults. Settle settings on one split, report them on another.
 """
 
 from __future__ import annotations
@@ -13,25 +12,25 @@ import argparse
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from output import finish
-from torch import Tensor
 
 from flashvlm_export.evaluation.compare import compare
 from flashvlm_export.evaluation.dataset import Question, read_dataset
 from flashvlm_export.evaluation.journal import AnswerLine
 from flashvlm_export.export.reference import LlavaReference
 from flashvlm_export.progress import Progress
-from flashvlm_export.runtime.embeddings import pad_text
+from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.pipeline import Pipeline
-from flashvlm_export.runtime.prompt import TextSpan, TokenizedPrompt
-from flashvlm_export.selection import get_selector
+from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.selection import get_selector, select_tokens
+from flashvlm_export.specs import Array
 
 # Relative to each value's own size: about what INT8 activations do to features, see docs/selection.md.
 INT8_NOISE = 1e-2
@@ -46,32 +45,33 @@ class Variant:
     settings: Mapping[str, Any] = field(default_factory=dict)
     selector: str = "flashvlm"
     text_span: TextSpan = "prompt"
-    positions: Literal["contiguous", "original"] = "contiguous"
+    positions: Positions = "contiguous"
     noise: float = 0.0
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One question with its picture: ``features [N,C]``, ``saliency [N]``, ``tokens [N,D]``."""
+    """One question with its picture: ``features [N,C]``, ``saliency [N]``, ``tokens [N,D]``, float32."""
 
     question: Question
     prompt: TokenizedPrompt
-    features: Tensor
-    saliency: Tensor
-    tokens: Tensor
+    features: Array
+    saliency: Array
+    tokens: Array
 
 
-def variants() -> list[Variant]:
-    """The defaults, then one change at a time."""
+def variants(positions: Positions) -> list[Variant]:
+    """The defaults with ``positions``, then one change at a time."""
     rows = [Variant("defaults")]
     rows += [Variant(f"{name}={value}", {name: value}) for name, values in SWEEP.items() for value in values]
     rows += [
         Variant("span=question", text_span="question"),
-        Variant("positions=original", positions="original"),
         Variant("defaults, noise", noise=INT8_NOISE),
         Variant("diversity=farthest, noise", {"diversity": "farthest"}, noise=INT8_NOISE),
     ]
-    return rows
+    rows = [replace(row, positions=positions) for row in rows]
+    others: list[Positions] = [other for other in get_args(Positions) if other != positions]
+    return rows + [Variant(f"positions={other}", positions=other) for other in others]
 
 
 SWEEP: dict[str, Sequence[Any]] = {
@@ -96,53 +96,45 @@ def encode(
     for start in progress.track(list(starts), "batches of pictures"):
         batch = questions[start : start + 8]
         pixels = vlm.preprocess([load_image(question.image) for question in batch])
-        arrays = [torch.from_numpy(array) for array in reference.encode(pixels)]
         rows += [
             Encoded(question, vlm.prompts.chat(question.question), *parts)
-            for question, *parts in zip(batch, *arrays, strict=True)
+            for question, *parts in zip(batch, *reference.encode(pixels), strict=True)
         ]
     return rows
 
 
 @torch.no_grad()
 def first_tokens(
-    vlm: Pipeline, model: Any, rows: Sequence[Encoded], variant: Variant, budget: int, generator: torch.Generator
+    vlm: Pipeline, model: Any, rows: Sequence[Encoded], variant: Variant, budget: int, noise: np.random.Generator
 ) -> list[int]:
     """Return the first token of the answer to each of ``rows``."""
-    selector = get_selector(variant.selector)
-    module = selector.make_module(selector.make_config(variant.settings))
 
-    def disturbed(values: list[Tensor]) -> Tensor:
-        stacked = torch.stack(values)
-        if variant.noise == 0:
-            return stacked
-        return stacked * (1 + variant.noise * torch.randn(stacked.shape, generator=generator))
+    def seen(values: list[Array]) -> Array:
+        stacked = np.stack(values)
+        return stacked * (1 + variant.noise * noise.standard_normal(stacked.shape)) if variant.noise else stacked
 
-    text, mask = pad_text(
-        [vlm.embeddings.lookup(row.prompt.text_ids(variant.text_span), np.dtype(np.float32)) for row in rows]
-    )
-    kept, _ = module(
-        disturbed([row.features for row in rows]),
-        disturbed([row.saliency for row in rows]),
-        disturbed([row.tokens for row in rows]),
-        torch.from_numpy(text),
-        torch.from_numpy(mask),
-        torch.tensor(budget),
+    text = [vlm.embeddings.lookup(row.prompt.text_ids(variant.text_span)) for row in rows]
+    kept = select_tokens(
+        seen([row.features for row in rows]),
+        seen([row.saliency for row in rows]),
+        seen([row.tokens for row in rows]),
+        *pad_text(text),
+        budget,
+        get_selector(variant.selector).make_config(variant.settings),
     )
     embeds, places = [], []
-    for row, chosen in zip(rows, kept, strict=True):
-        (place,) = row.prompt.image_positions
-        words = torch.from_numpy(vlm.embeddings.lookup(row.prompt.token_ids, np.dtype(np.float32)))
-        embeds.append(torch.cat([words[:place], row.tokens[chosen], words[place + 1 :]]))
-        index = chosen.nonzero()[:, 0] if variant.positions == "original" else torch.arange(budget)
-        behind = place + (len(chosen) if variant.positions == "original" else budget)
-        tail = len(words) - place - 1
-        places.append(torch.cat([torch.arange(place), place + index, behind + torch.arange(tail)]))
+    for row, indices in zip(rows, kept, strict=True):
+        where, words = row.prompt.image_positions, vlm.embeddings.lookup(row.prompt.token_ids)
+        embeds.append(torch.from_numpy(splice(words, where, [row.tokens[indices]])))
+        original = splice_positions(len(words), where, [indices], len(row.tokens))
+        place = original if variant.positions == "original" else np.arange(len(original))
+        places.append(torch.from_numpy(place))
     # Padding comes last, where causal attention does not see it.
-    padded = torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
-    positions = torch.nn.utils.rnn.pad_sequence(places, batch_first=True)
-    # Without a mask, transformers takes every jump of the positions for the start of another sequence.
-    real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(one) for one in places], batch_first=True)
+    padded, positions, real = (
+        torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+        # Without a mask, transformers takes every jump of the positions for the start of another sequence.
+        for each in (embeds, places, [torch.ones_like(one) for one in places])
+    )
     states = model.model.language_model(
         inputs_embeds=padded, position_ids=positions, attention_mask=real, use_cache=False
     ).last_hidden_state
@@ -163,6 +155,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="questions as flashvlm eval takes them")
     parser.add_argument("--budgets", default="128,64,32", help="visual tokens to keep")
+    parser.add_argument("--positions", choices=get_args(Positions), default="contiguous", help="of every row")
     parser.add_argument("--only", help="rows to run, with semicolons; the defaults always are")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=VALUE,…", help="another row")
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
@@ -175,21 +168,24 @@ def main() -> int:
     words = [word_of(vlm, token) for token in range(vlm.embeddings.vocab_size)]
     rows = encode(vlm, reference, questions, progress)
     budgets = [int(text) for text in args.budgets.split(",")]
-    unknown = {*(args.only or "defaults").split(";")} - {row.name for row in variants()}
+    every = variants(args.positions)
+    unknown = {*(args.only or "defaults").split(";")} - {row.name for row in every}
     if unknown:
         parser.error(f"--only: no such row: {'; '.join(sorted(unknown))}")
-    chosen = [row for row in variants() if args.only is None or row.name in ["defaults", *args.only.split(";")]]
-    chosen += [Variant(text, dict(pair.split("=") for pair in text.split(","))) for text in args.also]
+    chosen = [row for row in every if args.only is None or row.name in ["defaults", *args.only.split(";")]]
+    chosen += [
+        Variant(text, dict(pair.split("=") for pair in text.split(",")), positions=args.positions) for text in args.also
+    ]
     keys = [str(number) for number in range(len(rows))]
     answers: dict[str, dict[tuple[str, int], AnswerLine]] = {}
     for variant in chosen:
-        generator = torch.Generator().manual_seed(0)
+        noise = np.random.default_rng(0)
         found = answers.setdefault(variant.name, {})
         for budget in budgets:
             progress.step(f"{variant.name} at {budget}")
             for start in range(0, len(rows), BATCH):
                 batch = rows[start : start + BATCH]
-                said = first_tokens(vlm, reference.model, batch, variant, budget, generator)
+                said = first_tokens(vlm, reference.model, batch, variant, budget, noise)
                 for key, token in zip(keys[start : start + BATCH], said, strict=True):
                     found[key, budget] = AnswerLine(key, budget, key, words[token], 1, "stop")
     figures = compare(questions, keys, budgets, answers, visual_tokens=vlm.visual_tokens, seed=0)
@@ -204,6 +200,7 @@ def main() -> int:
         "benchmark": "selection_settings",
         "data": args.data.name,
         "questions": len(questions),
+        "positions": args.positions,
         "rows": [
             {
                 "setting": row.selector,

@@ -1,6 +1,6 @@
 """One picture and seven questions through a bundle of flashvlm-tiny, and the same in PyTorch.
 
-usage: python examples/demo.py BUNDLE CHECKPOINT [--budget 128] [--heatmap OUT.png]
+usage: python examples/demo.py BUNDLE CHECKPOINT [--budget 128] [--positions original] [--heatmap OUT.png]
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--budget", type=int, default=128)
+    parser.add_argument("--positions", choices=("contiguous", "original"), default="original", help="of kept tokens")
     parser.add_argument("--heatmap", type=Path, default=Path("kept.png"))
     args = parser.parse_args()
 
@@ -51,7 +52,8 @@ def main() -> None:
         print(f"\n{PICTURE}\n\n{'':44}{args.budget} of {everything} tokens   all tokens")
         answers, sheets = [], []
         for question, right in QUESTIONS.items():
-            prompt = vlm.encode([Request([PICTURE], question)], budget=args.budget)[0]
+            request = Request([PICTURE], question)
+            prompt = vlm.encode([request], budget=args.budget, positions=args.positions)[0]
             answer = vlm.answer(prompt, params)
             unpruned = vlm.ask(PICTURE, question, budget=everything, params=params)
             answers.append((answer, unpruned))
@@ -91,7 +93,9 @@ def compare(vlm: Pipeline, checkpoint: Path, budget: int, pruned: list[Answer], 
         overlaps.append(common / np.union1d(have.indices, want.indices).size)
         of_graph = np.take_along_axis(want.all_tokens, have.indices[:, :, None], axis=1)
         errors.append(np.abs(have.tokens - of_graph).max() / np.abs(want.all_tokens).max())
-        same["kept"] += reference.generate(answer.prompt.inputs_embeds, NEW_TOKENS) == answer.token_ids
+        prompt = answer.prompt
+        said = reference.generate(prompt.inputs_embeds, NEW_TOKENS, positions=prompt.positions)
+        same["kept"] += said == answer.token_ids
         same["all"] += reference.generate_unpruned(tokenized.token_ids, pixels, NEW_TOKENS) == other.token_ids
     seconds = {"PyTorch": [], "graph": []}
     for _ in range(3):

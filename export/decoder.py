@@ -30,6 +30,7 @@ from flashvlm_export.errors import (
     install_hint,
 )
 from flashvlm_export.export.child import run_child
+from flashvlm_export.export.decoder_positions import take_positions
 from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, head_size, pad_heads
 from flashvlm_export.files import require_free_space, storage_errors
 from flashvlm_export.manifest import DecoderEntry
@@ -61,7 +62,8 @@ _BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 0.625}
 # ``prune_lm_head``: only the last position's logits leave the graph, [batch, 1, vocab]. A generator needs no others,
 # and the rest would be a few per cent of the prefill's work and, at 640 tokens and a vocabulary of 152 000, 390 MB. The
 # price: a right-padded batch finds the padding's logits there.
-_BUILDER_OPTIONS = ("exclude_embeds=true", "prune_lm_head=true")
+# ``fuse_qk_norm_gqa``: where the norm of queries and keys goes into the attention, the rotation could not be taken out.
+_BUILDER_OPTIONS = ("exclude_embeds=true", "prune_lm_head=true", "fuse_qk_norm_gqa=false")
 
 # The builder asks for a tokenizer only to copy it; the bundle keeps the real one.
 _TOKENIZER = {
@@ -128,6 +130,7 @@ def export_decoder(
             require_free_space(directory, int(elements * _BYTES_PER_WEIGHT[precision]))
             _run_builder(checkpoint, built, precision)
             _check_graph(built / MODEL, config, entry)
+            take_positions(built / MODEL)
             for name in (f"{MODEL}.data", MODEL):
                 (built / name).replace(directory / name)
     return entry

@@ -64,9 +64,17 @@ class LlavaReference:
         indices = select_tokens(features, saliency, tokens, text_embeds.astype(np.float32), text_mask, budget, config)
         return ReferenceVisual(np.take_along_axis(tokens, indices[:, :, None], axis=1), indices, tokens)
 
-    def generate(self, inputs_embeds: Array, max_new_tokens: int) -> list[int]:
-        """Return greedy token ids for one prompt ``[S, D]``, without the end-of-sequence token."""
-        return self._greedy(max_new_tokens, inputs_embeds=torch.from_numpy(inputs_embeds)[None])
+    def generate(self, inputs_embeds: Array, max_new_tokens: int, *, positions: Array | None = None) -> list[int]:
+        """Return greedy token ids for one prompt ``[S, D]``, without the end-of-sequence token.
+
+        ``positions [S]`` tells where its rows stand; without, they count up from 0.
+        """
+        positions = np.arange(len(inputs_embeds)) if positions is None else positions
+        return self._greedy(
+            max_new_tokens,
+            inputs_embeds=torch.from_numpy(inputs_embeds)[None],
+            position_ids=torch.from_numpy(positions)[None],
+        )
 
     def generate_unpruned(self, token_ids: Array, pixel_values: Array, max_new_tokens: int) -> list[int]:
         """Return greedy token ids of the unmodified model for one prompt with one placeholder per image.

@@ -22,4 +22,10 @@
 - ``runtime/``      what ships to the device: no torch, no transformers
 """
 
+import os
+
 __version__ = "0.1.0"
+
+# ONNX Runtime's wheels for Linux report sessions, models and errors to their maker from 1.29 on; it decides once, when
+# it is loaded. Who wants that sets the variable to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

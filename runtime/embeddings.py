@@ -138,6 +138,29 @@ def splice(text_rows: Rows, image_positions: Sequence[int], visual: Sequence[Row
     return np.concatenate([*pieces, text_rows[start:]])
 
 
+def splice_positions(
+    length: int, image_positions: Sequence[int], kept: Sequence[Rows], visual_tokens: int
+) -> npt.NDArray[np.int64]:
+    """Return where each row of a spliced prompt would stand if nothing had been pruned.
+
+    Args:
+        length: tokens of the prompt, placeholders included.
+        image_positions: indices of the placeholders, ascending.
+        kept: per image int64 ``[K_i]``, ascending: which of its visual tokens were kept.
+        visual_tokens: of one image without pruning.
+
+    Returns:
+        int64 ``[length - n + sum(K_i)]``, ascending.
+    """
+    pieces = []
+    start = behind = 0
+    for place, indices in zip(image_positions, kept, strict=True):
+        pieces += [np.arange(start, place) + behind, indices + place + behind]
+        start = place + 1
+        behind += visual_tokens - 1
+    return np.concatenate([*pieces, np.arange(start, length) + behind]).astype(np.int64)
+
+
 def _open_table(path: Path) -> Rows:
     problem = None
     try:

@@ -14,19 +14,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, UsageError
-from flashvlm_export.runtime.embeddings import pad_text, splice
+from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
-from flashvlm_export.runtime.prompt import TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.specs import Array, Precision, check_budget
@@ -58,6 +58,7 @@ class PrunedPrompt:
 
     Attributes:
         inputs_embeds: float32 ``[S, D]``: text rows with the visual tokens in place of each placeholder.
+        positions: int64 ``[S]``: where each row stands for the language model.
         prompt: the prompt before splicing.
         indices: per image, int64 ``[K]``: which visual tokens were kept, ascending.
         scores: per image, float32 ``[N]``.
@@ -66,6 +67,7 @@ class PrunedPrompt:
     """
 
     inputs_embeds: Array
+    positions: Array
     prompt: TokenizedPrompt
     indices: list[Array]
     scores: list[Array]
@@ -207,6 +209,7 @@ class Pipeline:
         *,
         budget: int | None = None,
         text_span: TextSpan = "prompt",
+        positions: Positions = "contiguous",
         selector: str | None = None,
     ) -> list[PrunedPrompt]:
         """Return one pruned prompt per request; all images go through the graph as one batch.
@@ -216,6 +219,9 @@ class Pipeline:
             budget: visual tokens to keep per image, ``1..N``.
             text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's
                 ``question`` alone.
+            positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
+                prompt is shorter also for rotary embedding; ``original`` leaves every row where it stood, so that the
+                model still knows from where in the image a token comes.
             selector: one of those that the pipeline was opened with; ``None`` for the first.
 
         Raises:
@@ -223,6 +229,8 @@ class Pipeline:
         """
         if not requests:
             raise UsageError("no requests", expected="at least one image and question")
+        if positions not in get_args(Positions):
+            raise ConfigError("unknown positions", received=repr(positions), expected="contiguous or original")
         count = check_budget(self.default_budget if budget is None else budget, self.visual_tokens)
         if isinstance(self.session, SplitSession):
             self.session.loaded(selector)
@@ -254,18 +262,24 @@ class Pipeline:
             first = rows.stop
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
             visual = [tokens.astype(np.float32) for tokens in outputs.tokens[rows]]
-            spliced.append((rows, prompt, splice(text_rows, prompt.image_positions, visual)))
+            embeds = splice(text_rows, prompt.image_positions, visual)
+            where = np.arange(len(embeds), dtype=np.int64)
+            if positions == "original":
+                kept = list(outputs.indices[rows])
+                where = splice_positions(len(text_rows), prompt.image_positions, kept, self.visual_tokens)
+            spliced.append((rows, prompt, embeds, where))
         clock.lap("splice")
         return [
             PrunedPrompt(
                 inputs_embeds=embeds,
+                positions=where,
                 prompt=prompt,
                 indices=list(outputs.indices[rows]),
                 scores=list(outputs.scores[rows]),
                 visual_tokens_before=self.visual_tokens * (rows.stop - rows.start),
                 stage_ms=dict(clock.laps_ms),
             )
-            for rows, prompt, embeds in spliced
+            for rows, prompt, embeds, where in spliced
         ]
 
     def _pixels(self, sources: Sequence[ImageSource], clock: Clock) -> Array:
@@ -335,11 +349,12 @@ class Pipeline:
         budget: int | None = None,
         params: SamplingParams | None = None,
         text_span: TextSpan = "prompt",
+        positions: Positions = "contiguous",
         selector: str | None = None,
     ) -> Answer:
         """Return the answer to one question about one image; see :meth:`encode` and :meth:`answer`."""
         request = Request([image], question)
-        prompt = self.encode([request], budget=budget, text_span=text_span, selector=selector)[0]
+        prompt = self.encode([request], budget=budget, text_span=text_span, positions=positions, selector=selector)[0]
         return self.answer(prompt, params)
 
     def _generate(self, prompt: PrunedPrompt, params: SamplingParams | None) -> Iterator[tuple[int | None, str]]:
@@ -348,7 +363,12 @@ class Pipeline:
         settings = self.bundle.manifest.prompt
         assert settings is not None  # the constructor refuses such bundles
         detokenizer = self.prompts.detokenizer()
-        tokens = llm.generate(prompt.inputs_embeds, params or SamplingParams(), stop_token_ids=settings.eos_token_ids)
+        tokens = llm.generate(
+            prompt.inputs_embeds,
+            params or SamplingParams(),
+            stop_token_ids=settings.eos_token_ids,
+            positions=prompt.positions,
+        )
         for token in tokens:
             yield token, detokenizer.feed(token)
         yield None, detokenizer.flush()

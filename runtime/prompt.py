@@ -28,6 +28,7 @@ from flashvlm_export.errors import BundleError, ConfigError, PromptError
 from flashvlm_export.manifest import PromptSettings
 
 TextSpan = Literal["prompt", "question"]
+Positions = Literal["contiguous", "original"]
 
 # Rendered in place of the question to learn where it goes; private-use characters survive trim and upper.
 _MARKER = "\ue0f1\ue0f2\ue0f3"

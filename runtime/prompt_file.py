@@ -5,7 +5,7 @@ Tensors, all of one prompt of ``S`` positions:
 =================  ==============  ==========================================================================
 ``inputs_embeds``  float32 [S, D]  rows for prefill: text, and the kept visual tokens in place of each image
 ``token_ids``      int64 [S]       ids of the text; the image placeholder's id where a visual token stands
-``positions``      int64 [S]       position of each row, counting up from 0
+``positions``      int64 [S]       where each row stands, ascending; without gaps, or with those of pruned tokens
 ``kept_N``         int64 [K]       of image N from 0: which visual tokens were kept, ascending
 ``scores_N``       float32 [n]     of image N: score of every visual token
 =================  ==============  ==========================================================================
@@ -106,7 +106,7 @@ def write_prompt(
     tensors: dict[str, Any] = {
         "inputs_embeds": np.ascontiguousarray(prompt.inputs_embeds, np.float32),
         "token_ids": token_ids,
-        "positions": np.arange(len(token_ids), dtype=np.int64),
+        "positions": prompt.positions,
     }
     for number, (indices, scores) in enumerate(zip(prompt.indices, prompt.scores, strict=True)):
         tensors[f"kept_{number}"] = np.ascontiguousarray(indices, np.int64)

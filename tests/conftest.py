@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import flashvlm_export  # noqa: F401  # before a test imports ONNX Runtime, which then keeps its telemetry to itself
+
 
 def pytest_configure() -> None:
     """Let Ctrl-C through: a shell's background job ignores it, and hands that on to what tests start and interrupt."""

@@ -29,6 +29,12 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         help="text that guides selection: the whole prompt, as the authors do, or the question alone",
     )
     parser.add_argument(
+        "--positions",
+        choices=("contiguous", "original"),
+        default="contiguous",
+        help="of kept visual tokens in the language model: without gaps, as the authors do, or where they stood",
+    )
+    parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"
     )
     parser.add_argument(

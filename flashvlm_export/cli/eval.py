@@ -78,8 +78,11 @@ def run(args: argparse.Namespace) -> None:
     _check_room(args, bundle, budgets)
     chosen = selectors_from(args, bundle)
     # The fused graph's answers lie in the output directory itself, those of several selectors in one each.
+    suffix = "" if args.positions == "contiguous" else f"-{args.positions}"
     folders = (
-        {name: args.output / name for name in chosen} if chosen else {bundle.manifest.selection.selector: args.output}
+        {name: args.output / f"{name}{suffix}" for name in chosen}
+        if chosen
+        else {bundle.manifest.selection.selector: args.output}
     )
     progress = Progress.on_stderr()
     progress.step(f"{len(data.questions)} question(s) of {args.data}, budgets {', '.join(map(str, budgets))}")
@@ -112,11 +115,11 @@ def run(args: argparse.Namespace) -> None:
 def _check_room(args: argparse.Namespace, bundle: Bundle, budgets: list[int]) -> None:
     """Refuse answers that cannot fit behind the visual tokens, before any question is asked."""
     decoder = bundle.manifest.decoder
-    room = decoder.max_positions - max(budgets) if decoder else 0
-    if decoder and args.max_tokens >= room:
+    most = max(budgets) if args.positions == "contiguous" else bundle.manifest.dims.num_patches
+    if decoder and args.max_tokens >= decoder.max_positions - most:
         raise ConfigError(
             "the language model has no room for answers as long as this",
-            received=f"--max-tokens {args.max_tokens} behind {max(budgets)} visual tokens",
+            received=f"--max-tokens {args.max_tokens} behind {most} positions of visual tokens",
             expected=f"{decoder.max_positions} positions for image, question and answer together",
         )
 
@@ -150,6 +153,7 @@ def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, sele
         backend,
         args.max_tokens,
         args.text_span,
+        args.positions,
         selector,
         bundle.manifest.source.weights_sha256,
     )
@@ -165,7 +169,15 @@ def _asking(args: argparse.Namespace, pipeline: Pipeline) -> Iterator[Ask]:
 
     def ask(image: Path, question: str, budget: int, selector: str) -> Reply:
         chosen = None if args.selector is None else selector
-        answer = pipeline.ask(image, question, budget=budget, params=params, text_span=args.text_span, selector=chosen)
+        answer = pipeline.ask(
+            image,
+            question,
+            budget=budget,
+            params=params,
+            text_span=args.text_span,
+            positions=args.positions,
+            selector=chosen,
+        )
         return Reply(answer.text, answer.stats.new_tokens, answer.stats.finish_reason)
 
     with pipeline:
@@ -228,8 +240,8 @@ def _compare(
     from flashvlm_export.evaluation.plot import SELECTORS_PLOT, draw_selectors
     from flashvlm_export.records import encode_record
 
-    answers = {name: journal.answers for name, journal in journals.items()}
-    settings = {name: journal.settings for name, journal in journals.items()}
+    answers = {journal.path.parent.name: journal.answers for journal in journals.values()}
+    settings = {journal.path.parent.name: journal.settings for journal in journals.values()}
     first = next(iter(results.values()))
     for folder in sorted(path.parent for path in args.output.glob(f"*/{JOURNAL}")):
         if folder.name in answers:

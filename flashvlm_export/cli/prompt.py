@@ -32,7 +32,9 @@ def run(args: argparse.Namespace) -> None:
     selector = selector_from(args, bundle)
     with pipeline_from(args, bundle, with_llm=False) as pipeline:
         request = Request(args.image, args.prompt, args.system, args.raw_prompt)
-        prompt = pipeline.encode([request], budget=budget_from(args), text_span=args.text_span)[0]
+        prompt = pipeline.encode(
+            [request], budget=budget_from(args), text_span=args.text_span, positions=args.positions
+        )[0]
     record = write_prompt(args.output, prompt, bundle, text_span=args.text_span, selector=selector)
     if args.json:
         print_json({"prompt": str(args.output), "positions": len(prompt.inputs_embeds), "record": record})

@@ -91,7 +91,9 @@ def run(args: argparse.Namespace) -> None:
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:
-        prompts = pipeline.encode(requests, budget=budget_from(args), text_span=args.text_span)
+        prompts = pipeline.encode(
+            requests, budget=budget_from(args), text_span=args.text_span, positions=args.positions
+        )
         captions = []
         for (image, question), prompt in zip(pairs, prompts, strict=True):
             say(f"{image}: {question}")
@@ -143,6 +145,7 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     visual = ("image", "prompt", "system", "raw_prompt", "budget", "selector", "engine", "heatmap", "visual_only")
     given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False)]
     given += ["--text-span"] if args.text_span != "prompt" else []
+    given += ["--positions"] if args.positions != "contiguous" else []
     if given:
         raise UsageError(
             "a pruned prompt has its images and question inside, and its visual tokens are chosen",
@@ -157,7 +160,8 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     words, ids, pieces = pipeline.prompts.detokenizer(), [], []
     assert pipeline.llm is not None  # a bundle without one is refused
     with pipeline.llm as llm:
-        for token in llm.generate(file.inputs_embeds, params, stop_token_ids=file.record.stop_token_ids):
+        stop = file.record.stop_token_ids
+        for token in llm.generate(file.inputs_embeds, params, stop_token_ids=stop, positions=file.positions):
             ids.append(token)
             pieces.append(words.feed(token))
             say(pieces[-1], end="")

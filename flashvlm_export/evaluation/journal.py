@@ -38,6 +38,7 @@ class RunSettings:
         backend: what ran it, such as ``onnxruntime CPUExecutionProvider``.
         max_new_tokens: answers end after this many tokens.
         text_span: text that guides selection.
+        positions: of kept visual tokens in the language model.
         selector: that chose the visual tokens; for people, its graph is part of the first hash.
         weights_sha256: of the checkpoint's weights, as the manifest has it: what different selectors have in common.
     """
@@ -48,6 +49,7 @@ class RunSettings:
     backend: str
     max_new_tokens: int
     text_span: str
+    positions: str = "contiguous"
     selector: str = ""
     weights_sha256: str = ""
 

@@ -144,7 +144,12 @@ class LLMEngine(ABC):
             self._close()
 
     def generate(
-        self, inputs_embeds: Array, params: SamplingParams, *, stop_token_ids: Collection[int]
+        self,
+        inputs_embeds: Array,
+        params: SamplingParams,
+        *,
+        stop_token_ids: Collection[int],
+        positions: Array | None = None,
     ) -> Generator[int, None, None]:
         """Check everything now, and return the stream of token ids; the work starts when the first is asked for.
 
@@ -154,13 +159,18 @@ class LLMEngine(ABC):
             inputs_embeds: floating point ``[S, D]``: the prompt, text and visual tokens; not changed.
             params: how to choose tokens.
             stop_token_ids: ids that end the answer; they are not handed out.
+            positions: int64 ``[S]``, ascending: where each row stands; the answer goes on behind the last one.
+                ``None`` counts up from 0.
 
         Raises:
-            LLMError: here, if the engine is closed or the prompt is empty, too wide or narrow, too long or not
-                finite; from the stream, if another one is being read or the model fails.
+            LLMError: here, if the engine is closed or cannot take these positions, or the prompt is empty, too wide or
+                narrow, too long or not finite; from the stream, if another one is being read or the model fails.
         """
-        self._check_prompt(inputs_embeds, params)
-        stream = self._stream(inputs_embeds, params, frozenset(stop_token_ids))
+        counted = np.arange(len(inputs_embeds), dtype=np.int64)
+        positions = counted if positions is None else positions
+        self._check_prompt(inputs_embeds)
+        self._check_positions(positions, counted, params)
+        stream = self._stream(inputs_embeds, positions, params, frozenset(stop_token_ids))
         self._streams.add(stream)
         return stream
 
@@ -172,7 +182,7 @@ class LLMEngine(ABC):
 
     @abstractmethod
     def _generate(
-        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         """Yield token ids; the base class stops at a stop token or ``max_new_tokens`` and closes the generator.
 
@@ -180,7 +190,7 @@ class LLMEngine(ABC):
         """
 
     def _stream(
-        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         if self._limits is None or self._busy:
             raise LLMError(
@@ -191,7 +201,7 @@ class LLMEngine(ABC):
         self._busy, self.last_run = True, None
         new_tokens, step_ms = 0, [0.0, 0.0]
         reason: Literal["stop", "length", "closed"] | None = None
-        tokens = self._generate(inputs_embeds, params, stop_token_ids)
+        tokens = self._generate(inputs_embeds, positions, params, stop_token_ids)
         try:
             while reason is None:
                 start = time.perf_counter()
@@ -213,7 +223,7 @@ class LLMEngine(ABC):
             if reason is not None:
                 self.last_run = GenerationStats(len(inputs_embeds), new_tokens, step_ms[0], step_ms[1], reason)
 
-    def _check_prompt(self, inputs_embeds: Array, params: SamplingParams) -> None:
+    def _check_prompt(self, inputs_embeds: Array) -> None:
         limits = self.limits
         shape = inputs_embeds.shape
         if inputs_embeds.ndim != 2 or shape[0] == 0 or shape[1] != limits.width or inputs_embeds.dtype.kind != "f":
@@ -223,23 +233,39 @@ class LLMEngine(ABC):
                 expected=f"floating point [tokens, {limits.width}] with at least one token",
                 hint="visual graph, embedding table and decoder have to come from one bundle",
             )
-        if shape[0] + params.max_new_tokens > limits.max_positions:
-            room = limits.max_positions - params.max_new_tokens
-            raise LLMError(
-                "prompt and answer together are too long for the language model",
-                received=f"{shape[0]} prompt tokens + up to {params.max_new_tokens} new ones",
-                expected=f"at most {limits.max_positions} together",
-                hint=f"keep fewer visual tokens (a smaller budget) or shorten the question to {room} prompt tokens in "
-                f"all, or ask for at most {limits.max_positions - shape[0]} new tokens"
-                if room > 0 and shape[0] < limits.max_positions
-                else "keep fewer visual tokens (a smaller budget), shorten the question, or ask for fewer new tokens",
-            )
         if not np.isfinite(inputs_embeds).all():
             bad = int(np.argmin(np.isfinite(inputs_embeds).all(axis=1)))
             raise LLMError(
                 "the prompt embeddings contain NaN or infinity",
                 received=f"the first in row {bad} of {shape[0]}",
                 hint="run the visual graph in fp32 to see whether half precision overflowed there",
+            )
+
+    def _check_positions(self, positions: Array, counted: Array, params: SamplingParams) -> None:
+        """Check that ``positions`` fit the prompt, whose rows ``counted`` numbers, and leave room for the answer."""
+        if positions.shape != counted.shape or positions.dtype != np.int64 or not _ascending_from_0(positions):
+            raise LLMError(
+                "these are not the positions of the prompt",
+                received=f"{positions.dtype}{list(positions.shape)}",
+                expected=f"int64{list(counted.shape)}, ascending, 0 or more",
+            )
+        if not self.capabilities.explicit_positions and not np.array_equal(positions, counted):
+            raise LLMError(
+                f"the engine '{self.name}' counts positions by itself",
+                received="kept tokens with their original positions",
+                expected="contiguous ones",
+            )
+        end, most = int(positions[-1]) + 1, self.limits.max_positions
+        if end + params.max_new_tokens > most:
+            room = most - params.max_new_tokens
+            shorter = "shorten the question" if end > len(counted) else "keep fewer visual tokens (a smaller budget)"
+            raise LLMError(
+                "prompt and answer together are too long for the language model",
+                received=f"{end} prompt positions + up to {params.max_new_tokens} new tokens",
+                expected=f"at most {most} together",
+                hint=f"{shorter} so that the prompt takes {room} positions, or ask for at most {most - end} new tokens"
+                if room > 0 and end < most
+                else f"{shorter}, or ask for fewer new tokens",
             )
 
     def __enter__(self: E) -> E:
@@ -250,6 +276,10 @@ class LLMEngine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ascending_from_0(positions: Array) -> bool:
+    return bool(positions[0] >= 0 and (np.diff(positions) > 0).all())
 
 
 def _require(good: bool, name: str, value: object, expected: str) -> None:

@@ -36,7 +36,7 @@ class OnnxRuntimeLLM(LLMEngine):
     """
 
     name = "onnxruntime"
-    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
 
     def __init__(
         self,
@@ -55,16 +55,15 @@ class OnnxRuntimeLLM(LLMEngine):
         self.threads = threads
         self._session: Any = None
         self._dtype: type[np.floating[Any]] = np.float32
-        self._takes_positions = False
 
     def _open(self) -> Limits:
         session = ort_session(self.model_file, providers=self.providers, threads=self.threads)
         inputs = {value.name: value for value in session.get_inputs()}
         outputs = {value.name for value in session.get_outputs()}
         caches = self._cache_names()
-        needed = {"inputs_embeds", "attention_mask", *(past for past, _ in caches)}
+        needed = {"inputs_embeds", "attention_mask", "position_ids", *(past for past, _ in caches)}
         if (
-            inputs.keys() - {"position_ids"} != needed
+            inputs.keys() != needed
             or outputs != {"logits", *(present for _, present in caches)}
             or any(inputs[past].shape[1] != self.entry.num_kv_heads for past, _ in caches)
             or inputs["inputs_embeds"].type not in _DTYPES
@@ -72,20 +71,19 @@ class OnnxRuntimeLLM(LLMEngine):
             raise SessionError(
                 f"{self.model_file.name} is not the decoder that the manifest describes",
                 received=", ".join(f"{name}: {value.type}{value.shape}" for name, value in inputs.items()),
-                expected=f"inputs_embeds, attention_mask and {self.entry.num_layers} layers of past_key_values with "
-                f"{self.entry.num_kv_heads} heads",
+                expected=f"inputs_embeds, attention_mask, position_ids and {self.entry.num_layers} layers of "
+                f"past_key_values with {self.entry.num_kv_heads} heads",
                 hint="export the bundle again",
             )
         self._session = session
         self._dtype = _DTYPES[inputs["inputs_embeds"].type]
-        self._takes_positions = "position_ids" in inputs
         return Limits(inputs["inputs_embeds"].shape[-1], self.entry.max_positions)
 
     def _close(self) -> None:
         self._session = None
 
     def _generate(
-        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         sampler = Sampler(params)
         binding = self._session.io_binding()
@@ -94,30 +92,28 @@ class OnnxRuntimeLLM(LLMEngine):
         rows, past = inputs_embeds, 0
         try:
             while True:
-                logits = self._step(binding, self._as_input(rows), past)
+                logits = self._step(binding, self._as_input(rows), positions[None], past)
                 past += len(rows)
                 token = sampler(logits)
                 yield token
-                rows = self.embed(np.array([token], np.int64))
+                rows, positions = self.embed(np.array([token], np.int64)), positions[-1:] + 1
         finally:
             del binding, caches
 
-    def _step(self, binding: Any, rows: Array, past: int) -> Array:
-        """Run ``rows [1, n, D]`` at positions ``past``… and return the last one's logits ``[vocab]``."""
+    def _step(self, binding: Any, rows: Array, positions: Array, past: int) -> Array:
+        """Run ``rows [1, n, D]`` at ``positions [1, n]`` behind ``past`` others; return the last logits ``[vocab]``."""
         total = past + rows.shape[1]
         mask = np.ones((1, total), np.int64)
-        positions = np.arange(past, total, dtype=np.int64)[None]
         binding.bind_cpu_input("inputs_embeds", rows)
         binding.bind_cpu_input("attention_mask", mask)
-        if self._takes_positions:
-            binding.bind_cpu_input("position_ids", positions)
+        binding.bind_cpu_input("position_ids", positions)
         # Bound anew each time: ONNX Runtime would otherwise reuse the last buffer, which may have another length.
         binding.bind_output("logits", "cpu")
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise LLMError(
-                f"ONNX Runtime failed in the decoder at position {total}",
+                f"ONNX Runtime failed in the decoder behind {past} tokens",
                 received=(str(error).splitlines() or [type(error).__name__])[0],
                 hint="check the bundle (flashvlm inspect BUNDLE --verify) and the memory that is free",
             ) from error

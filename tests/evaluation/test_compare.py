@@ -21,7 +21,7 @@ from flashvlm_export.evaluation.plot import draw_selectors
 from flashvlm_export.evaluation.results import DataSetEntry, bootstrap_settings
 from flashvlm_export.progress import Progress
 
-SETTINGS = RunSettings("model", "0" * 64, "fp32", "onnxruntime CPUExecutionProvider", 16, "prompt", "a")
+SETTINGS = RunSettings("model", "0" * 64, "fp32", "onnxruntime CPUExecutionProvider", 16, "prompt", selector="a")
 
 
 def comparison(right: dict[str, dict[int, list[bool]]]) -> Comparison:

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
@@ -73,9 +73,13 @@ def stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def prefill_logits(file: Path, entry: Any, embeds: torch.Tensor) -> np.ndarray:
+def prefill_logits(file: Path, entry: Any, embeds: torch.Tensor, positions: torch.Tensor) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    feeds = {"inputs_embeds": embeds.numpy(), "attention_mask": np.ones(embeds.shape[:2], np.int64)}
+    feeds = {
+        "inputs_embeds": embeds.numpy(),
+        "attention_mask": np.ones(embeds.shape[:2], np.int64),
+        "position_ids": positions.numpy(),
+    }
     empty = np.zeros((len(embeds), entry.num_kv_heads, 0, entry.head_size), np.float32)
     feeds.update({value.name: empty for value in session.get_inputs() if value.name.startswith("past")})
     logits = session.run(["logits"], feeds)[0]
@@ -116,12 +120,19 @@ def test_logits_equal_transformers(
     assert entry.max_positions == (40 if isinstance(config, MistralConfig) else 256)
 
     embeds = torch.randn(2, 40, 64)
-    with torch.no_grad():
-        expected = model(inputs_embeds=embeds).logits[:, -1].numpy()
-    # Both compute in float32 and only sum in another order: about 1e-5 of the largest logit, which is 4 to 20 here.
-    np.testing.assert_allclose(
-        prefill_logits(tmp_path / entry.file, entry, embeds), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
-    )
+    counted = torch.arange(40).expand(2, 40)
+    # Others in each row. The mask tells transformers that a gap is not the start of another sequence.
+    gaps = counted[:, :20] + (counted[:, :20] > 8) * torch.tensor([[6], [20]])
+    seen = []
+    for positions in (counted, counted[:, :20], gaps):
+        rows, ones = embeds[:, : positions.shape[1]], torch.ones(positions.shape, dtype=torch.int64)
+        with torch.no_grad():
+            logits = model(inputs_embeds=rows, position_ids=positions, attention_mask=ones).logits[:, -1].numpy()
+        seen.append(logits)
+        # Both compute in float32 and only sum in another order: 1e-5 of the largest logit, which is 4 to 20 here.
+        actual = prefill_logits(tmp_path / entry.file, entry, rows, positions)
+        np.testing.assert_allclose(actual, logits, rtol=0, atol=1e-4 * np.abs(logits).max())
+    assert np.abs(seen[1] - seen[2]).max() > 0.01 * np.abs(seen[1]).max(), "positions that make no difference"
 
 
 def test_weights_keep_their_dtype_whatever_the_configuration_says(tmp_path: Path) -> None:
@@ -133,15 +144,18 @@ def test_weights_keep_their_dtype_whatever_the_configuration_says(tmp_path: Path
     with torch.no_grad():
         expected = model(inputs_embeds=embeds).logits[:, -1].numpy()
     # Weights that went through half precision are off by 1e-3.
-    np.testing.assert_allclose(prefill_logits(tmp_path / entry.file, entry, embeds), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(
+        prefill_logits(tmp_path / entry.file, entry, embeds, torch.arange(9)[None]), expected, rtol=0, atol=1e-4
+    )
     assert config.dtype == torch.float16, "the caller's configuration was changed"
 
 
 class _Connections(socketserver.ThreadingTCPServer):
-    count = 0
+    asked: ClassVar[list[bytes]] = []
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        self.count += 1
+        request.settimeout(5)
+        self.asked.append(request.recv(200))
         return False
 
 
@@ -155,7 +169,7 @@ def test_nothing_is_asked_of_the_network(tmp_path: Path, monkeypatch: pytest.Mon
             monkeypatch.setenv(name, url)
         export_decoder(config, stored(make_model(config)).items(), tmp_path / "llm", "int4")
         server.shutdown()
-        assert server.count == 0
+        assert server.asked == []
 
 
 def test_weights_are_held_one_shard_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

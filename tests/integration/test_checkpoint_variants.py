@@ -100,6 +100,6 @@ def test_answers_are_those_of_transformers(options: dict, prepare: Callable[[Pat
         assert len(answer.token_ids) > 2
         pruned = pipeline.encode([Request([image], "What is in the cup?")], budget=5)[0]
         assert pipeline.answer(pruned, params).token_ids == reference.generate(
-            pruned.inputs_embeds, params.max_new_tokens
+            pruned.inputs_embeds, params.max_new_tokens, positions=pruned.positions
         )
     assert np.isfinite(answer.prompt.inputs_embeds).all()

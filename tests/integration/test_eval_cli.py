@@ -438,6 +438,33 @@ def test_selectors_side_by_side(
     ]
 
 
+def test_positions_stand_beside_each_other(
+    tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["eval", str(tiny_bundle), "--data", str(data), "--output", str(out), "--budgets", "full,4", *SHORT]
+    for positions in ("contiguous", "original"):
+        assert main([*command, "--selector", "flashvlm", "--positions", positions]) == 0
+    found = json.loads((out / "comparison.json").read_text())
+    assert {name: settings["positions"] for name, settings in found["settings"].items()} == {
+        "flashvlm-original": "original",
+        "flashvlm": "contiguous",
+    }
+    said: dict[str, dict[tuple[str, int], str]] = {}
+    for name in found["settings"]:
+        rows = [json.loads(line) for line in (out / name / "answers.jsonl").read_text().splitlines()[1:]]
+        said[name] = {(row["id"], row["budget"]): row["text"] for row in rows}
+    differing = [cell for cell, text in said["flashvlm"].items() if said["flashvlm-original"][cell] != text]
+    assert differing
+    assert {budget for _, budget in differing} == {4}, "nothing was pruned, so nothing moved"
+
+    fused = [*command[:5], str(tmp_path / "fused"), *command[6:]]
+    assert main(fused) == 0
+    capsys.readouterr()
+    assert main([*fused, "--positions", "original"]) == 1
+    assert "positions original" in capsys.readouterr().err
+
+
 def test_selectors_that_are_not_there(
     tiny_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -462,8 +489,11 @@ def test_answers_without_room_are_refused_at_once(
     command = ["eval", str(tiny_bundle), "--data", str(data), "--output", str(tmp_path / "out"), "--max-tokens", "1010"]
     assert main([*command, "--budgets", "full"]) == 2
     message = capsys.readouterr().err
-    assert "--max-tokens 1010 behind 16 visual tokens" in message
+    assert "--max-tokens 1010 behind 16 positions of visual tokens" in message
     assert "1024 positions" in message
+    command[-1] = "1009"
+    assert main([*command, "--budgets", "4", "--positions", "original"]) == 2  # they end where 16 tokens would
+    assert "--max-tokens 1009 behind 16 positions of visual tokens" in capsys.readouterr().err
     command[-1] = "1007"
     assert main([*command, "--budgets", "full", "--limit", "0"]) == 2
     assert "has no room" not in capsys.readouterr().err

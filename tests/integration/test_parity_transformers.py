@@ -69,14 +69,15 @@ def test_unpruned_answer_is_that_of_transformers(
     assert greedy(pipeline, prompt) == expected
 
 
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("budget", [1, 5, 11])
 @pytest.mark.parametrize(("name", "question"), PAIRS[:5])
 def test_pruned_answer_is_that_of_transformers_with_the_same_embeddings(
-    name: str, question: str, budget: int, pipeline: Pipeline, reference: LlavaReference
+    name: str, question: str, budget: int, positions: Any, pipeline: Pipeline, reference: LlavaReference
 ) -> None:
-    prompt = pipeline.encode([Request([photograph(name)], question)], budget=budget)[0]
+    prompt = pipeline.encode([Request([photograph(name)], question)], budget=budget, positions=positions)[0]
     assert prompt.visual_tokens_kept == budget
-    assert greedy(pipeline, prompt) == reference.generate(prompt.inputs_embeds, NEW_TOKENS)
+    assert greedy(pipeline, prompt) == reference.generate(prompt.inputs_embeds, NEW_TOKENS, positions=prompt.positions)
 
 
 @pytest.mark.parametrize("budget", [1, 4, 7, 16])

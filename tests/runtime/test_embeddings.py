@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flashvlm_export.errors import BundleError, PromptError
-from flashvlm_export.runtime.embeddings import TextEmbeddings, pad_text, splice
+from flashvlm_export.runtime.embeddings import TextEmbeddings, pad_text, splice, splice_positions
 
 
 def table(rows: int = 11, width: int = 4, dtype: Any = np.float32) -> np.ndarray:
@@ -120,6 +120,29 @@ def test_splice_equals_a_row_by_row_reference(positions: list[int], kept: list[i
     joined = splice(text, positions, visual)
     assert joined.shape == (7 - len(positions) + sum(kept), 4)
     np.testing.assert_array_equal(joined, np.stack(expected))
+
+
+@pytest.mark.parametrize(
+    ("places", "kept"),
+    [([], []), ([0], [[0, 4]]), ([6], [[2]]), ([2, 3], [[1, 3], [0]]), ([0, 3, 6], [[4], [], [1, 2]])],
+)
+def test_splice_positions_are_those_of_the_prompt_that_kept_everything(
+    places: list[int], kept: list[list[int]]
+) -> None:
+    """Splice all five tokens of each image, number the rows, and drop those that were not kept."""
+    names = [f"text {row}" for row in range(7)]
+    for image, place in enumerate(places):
+        names[place] = f"image {image}"
+    rows = [
+        f"{name} {token}" if name.startswith("image") else name
+        for name in names
+        for token in range(5 if name.startswith("image") else 1)
+    ]
+    dropped = {f"image {image} {token}" for image, chosen in enumerate(kept) for token in set(range(5)) - set(chosen)}
+    expected = [number for number, row in enumerate(rows) if row not in dropped]
+    positions = splice_positions(7, places, [np.array(chosen, np.int64) for chosen in kept], 5)
+    assert positions.dtype == np.int64
+    assert positions.tolist() == expected
 
 
 def test_splice_takes_the_dtype_of_the_text() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Collection, Generator
 
@@ -36,7 +37,7 @@ class Counting(LLMEngine):
         self.events.append("close")
 
     def _generate(
-        self, inputs_embeds: np.ndarray, params: SamplingParams, stop_token_ids: Collection[int]
+        self, inputs_embeds: np.ndarray, positions: np.ndarray, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         try:
             token = 10
@@ -186,3 +187,40 @@ def test_a_prompt_that_is_too_long_says_what_to_do() -> None:
         assert "at most 2 new tokens" in str(caught.value)
         with pytest.raises(LLMError, match="fewer new tokens"):
             engine.generate(np.ones((40, WIDTH), np.float32), SamplingParams(max_new_tokens=3), stop_token_ids=())
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        np.arange(4),
+        np.arange(3, dtype=np.int32),
+        np.array([-1, 0, 1]),
+        np.array([0, 2, 2]),
+        np.arange(3)[None],
+    ],
+    ids=["length", "dtype", "negative", "twice", "batch"],
+)
+def test_positions_that_are_none(positions: np.ndarray) -> None:
+    with Counting() as engine, pytest.raises(LLMError, match=r"int64\[3\], ascending"):
+        engine.generate(PROMPT, SamplingParams(), stop_token_ids=(), positions=positions)
+
+
+def test_an_engine_that_counts_by_itself_refuses_gaps() -> None:
+    with Counting() as engine:
+        params = SamplingParams(max_new_tokens=2)
+        assert list(engine.generate(PROMPT, params, stop_token_ids=(), positions=np.arange(3))) == [10, 11]
+        with pytest.raises(LLMError, match="'counting' counts positions by itself"):
+            engine.generate(PROMPT, params, stop_token_ids=(), positions=np.array([0, 4, 5]))
+
+
+def test_gaps_take_room_from_the_answer() -> None:
+    class Placing(Counting):
+        capabilities = dataclasses.replace(Counting.capabilities, explicit_positions=True)
+
+    positions = np.array([0, 20, 29])
+    with Placing() as engine:
+        params = SamplingParams(max_new_tokens=2)
+        assert list(engine.generate(PROMPT, params, stop_token_ids=(), positions=positions)) == [10, 11]
+        with pytest.raises(LLMError, match="30 prompt positions") as caught:
+            engine.generate(PROMPT, SamplingParams(max_new_tokens=3), stop_token_ids=(), positions=positions)
+        assert "budget" not in str(caught.value), "keeping fewer tokens would not help"

@@ -38,11 +38,15 @@ class Exported:
     def engine(self, **options: object) -> OnnxRuntimeLLM:
         return OnnxRuntimeLLM(self.file, self.entry, self.embed, **options)
 
-    def reference(self, prompt: np.ndarray, new_tokens: int = NEW_TOKENS) -> list[int]:
+    def reference(
+        self, prompt: np.ndarray, new_tokens: int = NEW_TOKENS, positions: np.ndarray | None = None
+    ) -> list[int]:
         embeds = torch.from_numpy(prompt)[None]
+        positions = np.arange(len(prompt)) if positions is None else positions
         ids = self.model.generate(
             inputs_embeds=embeds,
             attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+            position_ids=torch.from_numpy(positions)[None],
             max_new_tokens=new_tokens,
             do_sample=False,
             eos_token_id=None,
@@ -90,7 +94,11 @@ def prefill_logits(engine: OnnxRuntimeLLM, prompt: np.ndarray) -> np.ndarray:
     binding = engine._session.io_binding()
     caches = engine._bind_cache(binding, len(prompt))
     assert len(caches) == 2 * engine.entry.num_layers
-    return engine._step(binding, engine._as_input(prompt), 0).astype(np.float64)
+    return engine._step(binding, engine._as_input(prompt), counted(prompt), 0).astype(np.float64)
+
+
+def counted(prompt: np.ndarray) -> np.ndarray:
+    return np.arange(len(prompt))[None]
 
 
 def correlation(left: np.ndarray, right: np.ndarray) -> float:
@@ -108,6 +116,23 @@ def test_greedy_answers_equal_transformers(fp32: Exported) -> None:
             assert engine.last_run.prefill_ms > 0
             assert engine.last_run.decode_ms > 0
     assert all(len(set(tokens)) > 8 for tokens in answers), "dull answers would match anything"
+
+
+def test_positions_with_gaps_equal_transformers(fp32: Exported) -> None:
+    """As pruning leaves them: 40 rows of text, 64 of 576 kept, more text; the answer goes on behind the last."""
+    random = np.random.default_rng(3)
+    differing = 0
+    with fp32.engine() as engine:
+        for prompt in [random.standard_normal((120, WIDTH)).astype(np.float32) for _ in range(4)]:
+            kept = np.sort(random.choice(576, 64, replace=False)) + 40
+            positions = np.concatenate([np.arange(40), kept, np.arange(616, 632)])
+            params = SamplingParams(max_new_tokens=NEW_TOKENS)
+            tokens = list(engine.generate(prompt, params, stop_token_ids=(), positions=positions))
+            assert tokens == fp32.reference(prompt, positions=positions)
+            differing += tokens != answer(engine, prompt)
+        assert differing >= 3, "positions that hardly make a difference"
+        with pytest.raises(LLMError, match="at most 1024 together"):
+            engine.generate(prompt, SamplingParams(max_new_tokens=1025 - 632), stop_token_ids=(), positions=positions)
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:
@@ -165,7 +190,7 @@ def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
             caches.append(cache)
             binding.bind_ortvalue_input(past, cache)
             binding.bind_ortvalue_output(present, cache)
-        logits = engine._step(binding, engine._as_input(prompt), 0)
+        logits = engine._step(binding, engine._as_input(prompt), counted(prompt), 0)
         np.testing.assert_allclose(logits, fp32.reference_logits(prompt), rtol=0, atol=1e-4)
 
 
@@ -173,8 +198,8 @@ def test_the_cache_is_written_in_place(fp32: Exported) -> None:
     with fp32.engine() as engine:
         binding = engine._session.io_binding()
         caches = engine._bind_cache(binding, 24)
-        engine._step(binding, engine._as_input(prompts()[3]), 0)
-        engine._step(binding, engine._as_input(prompts()[0]), 17)
+        engine._step(binding, engine._as_input(prompts()[3]), counted(prompts()[3]), 0)
+        engine._step(binding, engine._as_input(prompts()[0]), np.array([[17]]), 17)
         written = binding.get_outputs()[1:]
         assert {value.data_ptr() for value in written} == {cache.data_ptr() for cache in caches}
         assert len(written) == len(caches)

@@ -33,7 +33,7 @@ class ScriptedLLM(LLMEngine):
     """Says the same ids whatever the prompt, and remembers the prompt."""
 
     name = "scripted"
-    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
 
     def __init__(self, ids: list[int], width: int) -> None:
         super().__init__()
@@ -47,9 +47,9 @@ class ScriptedLLM(LLMEngine):
         pass
 
     def _generate(
-        self, inputs_embeds: Array, params: SamplingParams, stop_token_ids: Collection[int]
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
-        self.inputs_embeds = inputs_embeds
+        self.inputs_embeds, self.positions = inputs_embeds, positions
         yield from self.ids
 
 
@@ -93,6 +93,23 @@ def test_text_span_decides_what_guides_the_selection(pipeline: Pipeline) -> None
     assert 0 < len(fed["question"]) < len(fed["prompt"])
     with pytest.raises(ConfigError, match="span"):
         pipeline.encode([request], text_span="answer")
+
+
+def test_positions_reach_the_language_model(pipeline: Pipeline) -> None:
+    request = Request([picture(1), picture(2)], "What is it?")
+    prompt = pipeline.encode([request], budget=5, positions="original")[0]
+    first, second = prompt.prompt.image_positions
+    pipeline.answer(prompt)
+    np.testing.assert_array_equal(pipeline.llm.positions, prompt.positions)
+    np.testing.assert_array_equal(prompt.positions[first : first + 5], first + prompt.indices[0])
+    behind = second + pipeline.visual_tokens - 1
+    np.testing.assert_array_equal(prompt.positions[second + 4 : second + 9], behind + prompt.indices[1])
+    assert prompt.positions[-1] == len(prompt.prompt.token_ids) - 1 + 2 * (pipeline.visual_tokens - 1)
+
+    pipeline.ask(picture(), "What is it?", budget=5)
+    assert pipeline.llm.positions.tolist() == list(range(len(pipeline.llm.inputs_embeds)))
+    with pytest.raises(ConfigError, match="contiguous or original"):
+        pipeline.encode([request], positions="absolute")
 
 
 def test_a_batch_is_one_run_and_a_request_may_hold_several_images(pipeline: Pipeline) -> None:

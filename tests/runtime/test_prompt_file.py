@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,9 +29,9 @@ def vlm(tiny_bundle: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture(scope="module")
 def prompt(vlm: Pipeline) -> PrunedPrompt:
-    """Two images, 5 tokens each."""
+    """Two images, 5 tokens each, where they stood."""
     pictures = [np.random.default_rng(seed).integers(0, 256, (60, 80, 3), np.uint8) for seed in range(2)]
-    return vlm.encode([Request(pictures, "What changed?")], budget=5)[0]
+    return vlm.encode([Request(pictures, "What changed?")], budget=5, positions="original")[0]
 
 
 @pytest.fixture
@@ -61,7 +62,8 @@ def test_what_is_read_is_what_was_written(file: Path, vlm: Pipeline, prompt: Pru
         start, end = have.record.image_spans[index]
         assert end - start == 5
         assert (have.token_ids[start:end] == vlm.prompts.settings.image_token_id).all()
-    assert have.positions.tolist() == list(range(len(prompt.inputs_embeds)))
+    np.testing.assert_array_equal(have.positions, prompt.positions)
+    assert have.positions[-1] == len(prompt.inputs_embeds) - 1 + 2 * (16 - 5)
     # Outside of the images, the rows are those of the embedding table.
     text = have.token_ids != vlm.prompts.settings.image_token_id
     np.testing.assert_array_equal(have.inputs_embeds[text], vlm.embeddings.lookup(have.token_ids[text]))
@@ -75,7 +77,8 @@ def test_another_engine_answers_alike(file: Path, vlm: Pipeline, prompt: PrunedP
     """transformers, given nothing but the file."""
     from flashvlm_export.export.reference import LlavaReference
 
-    expected = LlavaReference(tiny_checkpoint).generate(read_prompt(file).inputs_embeds, 12)
+    given = read_prompt(file)
+    expected = LlavaReference(tiny_checkpoint).generate(given.inputs_embeds, 12, positions=given.positions)
     assert vlm.answer(prompt, SamplingParams(max_new_tokens=12)).token_ids == expected
     assert len(expected) > 3
 
@@ -88,7 +91,7 @@ def test_the_command_writes_and_answers_it(
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     images = ["--image", str(tmp_path / "0.png")]
     output = tmp_path / "pruned.safetensors"
-    asked = [*images, "--prompt", "What is it?", "--budget", "4"]
+    asked = [*images, "--prompt", "What is it?", "--budget", "4", "--positions", "original"]
     written = ["prompt", str(tiny_bundle), *asked, "--output", str(output)]
     assert main([*written, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["record"]["budget"] == 4
@@ -103,7 +106,13 @@ def test_the_command_writes_and_answers_it(
 
     assert main(["run", str(tiny_bundle), "--pruned", str(output), "--prompt", "What?"]) == 2
     assert "--prompt" in capsys.readouterr().err
-    for option in (["--budget", "4"], ["--visual-only"], ["--text-span", "question"], ["--selector", "divprune"]):
+    for option in (
+        ["--budget", "4"],
+        ["--visual-only"],
+        ["--text-span", "question"],
+        ["--positions", "original"],
+        ["--selector", "divprune"],
+    ):
         assert main(["run", str(tiny_bundle), "--pruned", str(output), *option]) == 2
         assert option[0] in capsys.readouterr().err
     assert main(["run", str(tiny_bundle), "--prompt", "What?"]) == 2
@@ -164,10 +173,7 @@ def test_a_full_disk_leaves_the_old_file(vlm: Pipeline, prompt: PrunedPrompt, sm
     path = small_disk / "pruned.safetensors"
     path.write_bytes(b"old")
     (small_disk / "filler").write_bytes(b"x" * (240 << 10))
-    wide = PrunedPrompt(
-        np.tile(prompt.inputs_embeds, (40, 1)),
-        *[getattr(prompt, name) for name in ("prompt", "indices", "scores", "visual_tokens_before", "stage_ms")],
-    )
+    wide = dataclasses.replace(prompt, inputs_embeds=np.tile(prompt.inputs_embeds, (40, 1)))
     with pytest.raises(StorageError):
         write_prompt(path, wide, Bundle.open(vlm.bundle.path), text_span="prompt")
     assert path.read_bytes() == b"old"
