@@ -51,7 +51,7 @@ def asking(bundle: Path, checkpoint: Path, max_tokens: int) -> Iterator[Ask]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' advice on generation settings
         reference = LlavaReference(checkpoint, language_attention="sdpa")
-    vlm = Pipeline.open(bundle, with_llm=False)
+    vlm = Pipeline.open(bundle, llm=None)
 
     def ask(image: Path, question: str, budget: int, selector: str) -> Reply:
         tokenized = vlm.prompts.chat(question)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     args = parser.parse_args()
 
-    pipeline = Pipeline.open(args.bundle, with_llm=False)
+    pipeline = Pipeline.open(args.bundle, llm=None)
     budgets = parse_budgets(args.budgets, pipeline.visual_tokens)
     data = read_dataset(args.data)
     data = data if args.limit is None else data.sample(args.limit, args.seed)

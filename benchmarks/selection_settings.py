@@ -162,7 +162,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # transformers' advice on generation settings
     progress = Progress.on_stderr()
-    vlm = Pipeline.open(args.bundle, with_llm=False)
+    vlm = Pipeline.open(args.bundle, llm=None)
     reference = LlavaReference(args.checkpoint, language_attention="sdpa")
     questions = read_dataset(args.data).questions
     words = [word_of(vlm, token) for token in range(vlm.embeddings.vocab_size)]

@@ -26,7 +26,7 @@ import sys, time
 start = time.perf_counter()
 from flashvlm_export.runtime.pipeline import Pipeline
 imported = time.perf_counter()
-pipeline = Pipeline.open(sys.argv[1], with_llm=sys.argv[2] == "llm")
+pipeline = Pipeline.open(sys.argv[1], llm="onnxruntime" if sys.argv[2] == "llm" else None)
 pipeline.load()
 opened = time.perf_counter()
 loaded = sorted({name.partition(".")[0] for name in sys.modules})

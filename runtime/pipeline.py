@@ -20,12 +20,13 @@ import numpy as np
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BundleError, ConfigError, UsageError
+from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.registry import make_llm
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
@@ -132,7 +133,7 @@ class Pipeline:
         cache_bytes: int = CACHE_BYTES,
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
-        with_llm: bool = True,
+        llm: str | None = "onnxruntime",
     ) -> Pipeline:
         """Return a pipeline, opened by ``with`` or :meth:`load`.
 
@@ -148,32 +149,16 @@ class Pipeline:
             providers: ONNX Runtime execution providers, for the graph (without ``engine``) and the decoder, which
                 leaves TensorRT out.
             threads: threads of one operator; ``None`` leaves it to ONNX Runtime.
-            with_llm: also prepare the bundle's decoder.
+            llm: engine that answers, see :func:`make_llm`; ``None`` for none.
 
         Raises:
             BundleError, ConfigError, SessionError: see their messages.
         """
-        from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
-
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         session = _session(bundle, precision, engine, cuda_graphs, selectors, providers, threads)
         pipeline = cls(bundle, session, None, cache_bytes=cache_bytes)
-        if with_llm:
-            decoder = bundle.manifest.decoder
-            if decoder is None:
-                raise BundleError(
-                    "the bundle has no language model to answer with",
-                    received=str(bundle.path),
-                    expected="a bundle with an LLM decoder",
-                    hint="export it with --decoder int4 (or fp16, fp32), or run with --visual-only",
-                )
-            pipeline.llm = OnnxRuntimeLLM(
-                bundle.file(decoder.file),
-                decoder,
-                pipeline.embeddings.lookup,
-                providers=[provider for provider in providers if provider != "TensorrtExecutionProvider"],
-                threads=threads,
-            )
+        if llm is not None:
+            pipeline.llm = make_llm(llm, bundle, pipeline.embeddings.lookup, providers=providers, threads=threads)
         return pipeline
 
     def load(self) -> None:
@@ -182,6 +167,7 @@ class Pipeline:
             self.session.open()
             if self.llm is not None:
                 self.llm.open()
+                self._require_same_model(self.llm)
         except BaseException:
             self.close()
             raise
@@ -373,9 +359,31 @@ class Pipeline:
             yield token, detokenizer.feed(token)
         yield None, detokenizer.flush()
 
+    def _require_same_model(self, llm: LLMEngine) -> None:
+        """Raise :class:`LLMError` unless ``llm`` has the shape and the embeddings that the bundle has."""
+        width, vocab_size = self.embeddings.width, self.embeddings.vocab_size
+        received, expected = f"embeddings [{llm.limits.vocab_size}, {llm.limits.width}]", f"[{vocab_size}, {width}]"
+        same = (llm.limits.width, llm.limits.vocab_size) == (width, vocab_size)
+        if same:
+            ids = np.linspace(0, vocab_size - 1, min(vocab_size, 32)).astype(np.int64)
+            theirs, ours = llm.embedding_rows(ids), self.embeddings.lookup(ids)
+            if theirs is not None:
+                # Quantised to four bits, rows still lie within 0.99 of their own direction; others' lie anywhere.
+                scale = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
+                likeness = float(np.median((theirs * ours).sum(1) / np.maximum(scale, 1e-12)))
+                received, expected = f"other embeddings: a median cosine of {likeness:.3f}", "0.98 or more"
+                same = likeness >= 0.98
+        if not same:
+            raise LLMError(
+                "the language model is not the one that the bundle was exported with",
+                received=received,
+                expected=expected,
+                hint=f"give the engine '{llm.name}' the language model of {self.bundle.manifest.source.model}",
+            )
+
     def _require_llm(self) -> LLMEngine:
         if self.llm is None:
-            raise UsageError("this pipeline was opened without a language model", expected="with_llm=True")
+            raise UsageError("this pipeline was opened without a language model", expected="one that has")
         return self.llm
 
     def _tokenize(self, request: Request) -> TokenizedPrompt:

@@ -39,7 +39,8 @@ ALLOWED = {
         "huggingface_hub",
     },
     "calibration": {"onnx", "onnxruntime"},
-    "runtime": {"cuda", "onnxruntime"},
+    # torch and transformers in one module of it, see below.
+    "runtime": {"cuda", "onnxruntime", "torch", "transformers"},
 }
 
 
@@ -81,6 +82,11 @@ def test_a_room_imports_only_what_it_may(room: str, path: Path) -> None:
     tops = {name.partition(".")[0] for name in imported(path)}
     foreign = tops - set(sys.stdlib_module_names) - BASE - ALLOWED[room] - {"flashvlm_export"}
     assert not foreign
+
+
+def test_the_runtime_has_one_module_with_torch() -> None:
+    heavy = {path.name for room, path in sources() if room == "runtime" and imported(path) & {"torch", "transformers"}}
+    assert heavy == {"transformers.py"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -59,6 +59,12 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
     )
+    parser.add_argument(
+        "--llm",
+        metavar="ENGINE",
+        default="onnxruntime",
+        help="what runs the language model: onnxruntime, the bundle's decoder; or transformers:DIR, a checkpoint",
+    )
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
 
 
@@ -92,5 +98,5 @@ def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = 
         selectors=selectors_from(args, bundle),
         providers=PROVIDERS[args.provider],
         threads=args.threads,
-        with_llm=with_llm,
+        llm=args.llm if with_llm else None,
     )

@@ -146,6 +146,8 @@ def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, sele
         engine = find_engine(bundle, wanted, None if args.engine == "auto" else args.engine)
         precision = Precision(engine.entry.precision)
         backend = f"{engine.entry.backend} {engine.entry.target}, decoder on {provider}"
+    if args.llm != "onnxruntime":
+        backend += f", {args.llm}"
     return RunSettings(
         bundle.manifest.source.model,
         bundle_sha256(bundle, precision, engine, None if args.selector is None else selector),

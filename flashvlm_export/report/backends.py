@@ -107,7 +107,7 @@ def make_session(
 
     opened = Bundle.open(bundle)
     has_llm = opened.manifest.decoder is not None
-    pipeline = Pipeline.open(opened, threads=threads, with_llm=has_llm, **backend.options)
+    pipeline = Pipeline.open(opened, threads=threads, llm="onnxruntime" if has_llm else None, **backend.options)
     pipeline.load()
     params = SamplingParams(max_new_tokens=max_tokens)
 

@@ -80,10 +80,17 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an opened engine takes: channels of an embedding, and positions of prompt and answer together."""
+    """What an opened engine takes.
+
+    Attributes:
+        width: channels of an embedding.
+        max_positions: of prompt and answer together.
+        vocab_size: token ids it may hand out.
+    """
 
     width: int
     max_positions: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,13 @@ class LLMEngine(ABC):
                 stream.close()
             self._limits = None
             self._close()
+
+    def embedding_rows(self, token_ids: Array) -> Array | None:
+        """Return the model's own embeddings of ``token_ids``, floating point ``[n, D]``; ``None`` if it has none.
+
+        A model with the bundle's embeddings is the bundle's model.
+        """
+        return None
 
     def generate(
         self,

@@ -77,7 +77,8 @@ class OnnxRuntimeLLM(LLMEngine):
             )
         self._session = session
         self._dtype = _DTYPES[inputs["inputs_embeds"].type]
-        return Limits(inputs["inputs_embeds"].shape[-1], self.entry.max_positions)
+        width, vocab_size = inputs["inputs_embeds"].shape[-1], session.get_outputs()[0].shape[-1]
+        return Limits(width, self.entry.max_positions, vocab_size)
 
     def _close(self) -> None:
         self._session = None

@@ -79,7 +79,7 @@ def test_the_pipeline_runs_int8(calibrated: Calibrated, photos: Path) -> None:
     requests = [Request([photos / "0.png"], "What is it?"), Request([photos / "1.png"], "Where?")]
     found = {}
     for precision in ("fp32", "int8"):
-        with Pipeline.open(calibrated[0], precision=precision, with_llm=False) as vlm:
+        with Pipeline.open(calibrated[0], precision=precision, llm=None) as vlm:
             found[precision] = vlm.encode(requests, budget=16)
     for want, have in zip(found["fp32"], found["int8"], strict=True):
         a, b = want.inputs_embeds.ravel(), have.inputs_embeds.ravel()

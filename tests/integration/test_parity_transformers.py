@@ -131,7 +131,7 @@ def test_several_images_in_one_request(pipeline: Pipeline, reference: LlavaRefer
 def test_half_precision_graph_keeps_nearly_the_same_tokens(tiny_bundle: Path, pipeline: Pipeline) -> None:
     """The important half, which follows the score, has to survive float16; the diverse half of bipartite is chaotic."""
     requests = [Request([photograph(name)], question) for name, question in PAIRS]
-    with Pipeline.open(tiny_bundle, precision="fp16", with_llm=False) as half:
+    with Pipeline.open(tiny_bundle, precision="fp16", llm=None) as half:
         halves = half.encode(requests, budget=8)
     fulls = pipeline.encode(requests, budget=8)
     same = 0

@@ -12,7 +12,7 @@ import pytest
 from flashvlm_export.errors import LLMError
 from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
 
-WIDTH, POSITIONS = 4, 32
+WIDTH, POSITIONS, VOCAB = 4, 32, 100
 PROMPT = np.ones((3, WIDTH), np.float32)
 
 
@@ -31,7 +31,7 @@ class Counting(LLMEngine):
 
     def _open(self) -> Limits:
         self.events.append("open")
-        return Limits(WIDTH, POSITIONS)
+        return Limits(WIDTH, POSITIONS, VOCAB)
 
     def _close(self) -> None:
         self.events.append("close")

@@ -41,7 +41,7 @@ class ScriptedLLM(LLMEngine):
         self.width = width
 
     def _open(self) -> Limits:
-        return Limits(width=self.width, max_positions=1024)
+        return Limits(width=self.width, max_positions=1024, vocab_size=320)
 
     def _close(self) -> None:
         pass

@@ -29,7 +29,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 @pytest.fixture
 def pipeline(bundle: Bundle) -> Iterator[Pipeline]:
-    with Pipeline.open(bundle, selectors=["flashvlm", "divprune"], with_llm=False) as opened:
+    with Pipeline.open(bundle, selectors=["flashvlm", "divprune"], llm=None) as opened:
         yield opened
 
 
@@ -79,7 +79,7 @@ def test_each_selector_keeps_what_its_definition_keeps(bundle: Bundle, precision
 
 def test_prompts_are_those_of_the_fused_graph(bundle: Bundle, pipeline: Pipeline) -> None:
     requests = [Request([picture(0), picture(1)], "What is it?"), Request([picture(0)], "Where?")]
-    with Pipeline.open(bundle, with_llm=False) as fused:
+    with Pipeline.open(bundle, llm=None) as fused:
         want = fused.encode(requests, budget=5)
     for _ in range(2):  # encoded, then remembered
         have = pipeline.encode(requests, budget=5)
@@ -203,7 +203,7 @@ def test_bad_input_is_refused(bundle: Bundle, pipeline: Pipeline) -> None:
     assert pipeline.images.stats.misses == 0  # refused before anything was looked at
     with pytest.raises(BudgetError):
         pipeline.encode([Request([picture()], "What?")], budget=17)
-    with Pipeline.open(whole, with_llm=False) as fused, pytest.raises(UsageError, match="has its selector inside"):
+    with Pipeline.open(whole, llm=None) as fused, pytest.raises(UsageError, match="has its selector inside"):
         fused.encode([Request([picture()], "What?")], selector="flashvlm")
     feeds = feeds_for(bundle, Precision.FP32, 4)
     session = SplitSession(bundle, Precision.FP32)

@@ -1,0 +1,114 @@
+"""A Hugging Face checkpoint through transformers: the reference, on the CPU or a GPU.
+
+The only module of the runtime that imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
+from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.sampling import Sampler
+from flashvlm_export.specs import Array
+
+
+class TransformersLLM(LLMEngine):
+    """Runs the language model of a checkpoint in float32, whatever it is stored in.
+
+    Args:
+        directory: in Hugging Face layout; a vision-language model, of which only the language model is used, or the
+            language model alone. Never fetched from anywhere.
+        device: of torch: ``cpu`` or ``cuda``.
+        threads: threads of one operator, for all of torch in this process; ``None`` leaves it to torch.
+    """
+
+    name = "transformers"
+    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
+
+    def __init__(self, directory: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+        super().__init__()
+        self.directory = directory
+        self.device = device
+        self.threads = threads
+        self._model: Any = None
+
+    def _open(self) -> Limits:
+        try:
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+            from transformers.utils import logging
+        except ImportError as error:
+            raise DependencyError(
+                "the engine 'transformers' is not installed", received=str(error), hint=install_hint("export")
+            ) from error
+        logging.disable_progress_bar()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        try:
+            config: Any = AutoConfig.from_pretrained(self.directory, local_files_only=True)
+            kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+            model: Any = kind.from_pretrained(self.directory, dtype=torch.float32, local_files_only=True)
+            self._model = model.eval().to(self.device)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise SessionError(
+                "transformers cannot load the language model",
+                received=f"{self.directory}: {(str(error).splitlines() or [type(error).__name__])[0]}",
+                expected="a directory with config.json and weights, and memory for them in float32",
+            ) from error
+        text = config.get_text_config()
+        rows, width = self._model.get_input_embeddings().weight.shape
+        return Limits(width=width, max_positions=text.max_position_embeddings, vocab_size=rows)
+
+    def _close(self) -> None:
+        self._model = None
+
+    def embedding_rows(self, token_ids: Array) -> Array:
+        """Return rows of the embedding table; see :meth:`LLMEngine.embedding_rows`."""
+        import torch
+
+        ids = torch.from_numpy(token_ids)
+        rows: Array = self._model.get_input_embeddings().weight[ids.to(self.device)].detach().cpu().numpy()
+        return rows
+
+    def _generate(
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        import torch
+
+        sampler = Sampler(params)
+        given: dict[str, Any] = {"inputs_embeds": torch.from_numpy(np.float32(inputs_embeds))[None]}
+        cache, total = None, 0
+        while True:
+            total += len(positions)
+            logits, cache = self._step(given, torch.from_numpy(positions)[None], cache, total)
+            token = sampler(logits)
+            yield token
+            given, positions = {"input_ids": torch.tensor([[token]])}, positions[-1:] + 1
+
+    def _step(self, given: dict[str, Any], positions: Any, cache: Any, total: int) -> tuple[Array, Any]:
+        """Run ``given`` at ``positions [1, n]`` behind ``cache``; return the last logits ``[vocab]`` and the cache."""
+        import torch
+
+        # The mask says that a gap is none: without, transformers takes it for the start of another sequence.
+        inputs = {**given, "position_ids": positions, "attention_mask": torch.ones(1, total, dtype=torch.int64)}
+        try:
+            with torch.inference_mode():
+                output = self._model(
+                    **{name: value.to(self.device) for name, value in inputs.items()},
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+        except RuntimeError as error:  # what torch raises when memory ends, and otherwise
+            raise LLMError(
+                f"transformers failed in the language model behind {total - positions.shape[1]} tokens",
+                received=(str(error).splitlines() or [type(error).__name__])[0],
+                hint="keep fewer visual tokens (a smaller budget), or use a device with more memory",
+            ) from error
+        logits: Array = output.logits[0, -1].float().cpu().numpy()
+        return logits, output.past_key_values
