@@ -84,6 +84,18 @@ class FlashVLMConfig(_Settings):
         )
 
 
+@dataclass(frozen=True)
+class SoftFlashVLMConfig(FlashVLMConfig):
+    """FlashVLM with the settings that did best on ``flashvlm-tiny`` at small budgets (``docs/selection.md``).
+
+    Relevance is sharpened less, so that more than one spot of the image counts as relevant, and background is chosen by
+    distance. Attributes are those of :class:`FlashVLMConfig`.
+    """
+
+    diversity: Diversity = "farthest"
+    sharpening_temperature: float = 0.05
+
+
 class _KeepsBestScores(_Settings):
     """For selectors whose kept tokens all follow one score, so that rounding moves them only at its border."""
 

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="the selectors under test are torch 
 
 # FlashVLM has tests of its own; on photographs and noise its sharpening decides by differences near float32's last bit.
 COMPARED = [name for name in SELECTORS if name != "flashvlm"]
-GUIDED_BY_TEXT = {"flashvlm", "cdpruner"}
+GUIDED_BY_TEXT = {"flashvlm", "flashvlm-soft", "cdpruner"}
 KINDS = ("noise", "few directions", "alike")
 
 
