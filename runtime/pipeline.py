@@ -20,13 +20,13 @@ import numpy as np
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
+from flashvlm_export.errors import BundleError, ConfigError, UsageError
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
-from flashvlm_export.runtime.llm.registry import make_llm
+from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
@@ -167,7 +167,7 @@ class Pipeline:
             self.session.open()
             if self.llm is not None:
                 self.llm.open()
-                self._require_same_model(self.llm)
+                require_same_model(self.llm, self.embeddings, self.bundle.manifest.source.model)
         except BaseException:
             self.close()
             raise
@@ -358,28 +358,6 @@ class Pipeline:
         for token in tokens:
             yield token, detokenizer.feed(token)
         yield None, detokenizer.flush()
-
-    def _require_same_model(self, llm: LLMEngine) -> None:
-        """Raise :class:`LLMError` unless ``llm`` has the shape and the embeddings that the bundle has."""
-        width, vocab_size = self.embeddings.width, self.embeddings.vocab_size
-        received, expected = f"embeddings [{llm.limits.vocab_size}, {llm.limits.width}]", f"[{vocab_size}, {width}]"
-        same = (llm.limits.width, llm.limits.vocab_size) == (width, vocab_size)
-        if same:
-            ids = np.linspace(0, vocab_size - 1, min(vocab_size, 32)).astype(np.int64)
-            theirs, ours = llm.embedding_rows(ids), self.embeddings.lookup(ids)
-            if theirs is not None:
-                # Quantised to four bits, rows still lie within 0.99 of their own direction; others' lie anywhere.
-                scale = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
-                likeness = float(np.median((theirs * ours).sum(1) / np.maximum(scale, 1e-12)))
-                received, expected = f"other embeddings: a median cosine of {likeness:.3f}", "0.98 or more"
-                same = likeness >= 0.98
-        if not same:
-            raise LLMError(
-                "the language model is not the one that the bundle was exported with",
-                received=received,
-                expected=expected,
-                hint=f"give the engine '{llm.name}' the language model of {self.bundle.manifest.source.model}",
-            )
 
     def _require_llm(self) -> LLMEngine:
         if self.llm is None:

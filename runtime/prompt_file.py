@@ -80,6 +80,11 @@ class PromptFile:
     kept: list[Array]
     scores: list[Array]
 
+    @property
+    def has_gaps(self) -> bool:
+        """Whether visual tokens stand where they stood before others were pruned."""
+        return bool(len(self.positions) and self.positions[-1] >= len(self.positions))
+
 
 def write_prompt(
     path: Path, prompt: PrunedPrompt, bundle: Bundle, *, text_span: str, selector: str | None = None
@@ -192,7 +197,7 @@ def _read_record(path: Path, metadata: Mapping[str, str]) -> PromptRecord:
         raise PromptError(error.what, received=error.received, expected=error.expected, hint=error.hint) from error
 
 
-def require_same_model(record: PromptRecord, bundle: Bundle) -> None:
+def require_same_weights(record: PromptRecord, bundle: Bundle) -> None:
     """Raise :class:`PromptError` unless ``bundle`` was exported from the weights that the prompt was made with."""
     have, want = record.source.weights_sha256, bundle.manifest.source.weights_sha256
     if have != want:

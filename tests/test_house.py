@@ -40,7 +40,7 @@ ALLOWED = {
     },
     "calibration": {"onnx", "onnxruntime"},
     # torch and transformers in one module of it, see below.
-    "runtime": {"cuda", "onnxruntime", "torch", "transformers"},
+    "runtime": {"cuda", "gguf", "llama_cpp", "onnxruntime", "torch", "transformers"},
 }
 
 

@@ -63,7 +63,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--llm",
         metavar="ENGINE",
         default="onnxruntime",
-        help="what runs the language model: onnxruntime, the bundle's decoder; or transformers:DIR, a checkpoint",
+        help="what runs the language model: onnxruntime, the bundle's decoder; transformers:DIR, a checkpoint; "
+        "llamacpp:FILE.gguf; or vllm:URL, a server",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
 
@@ -90,7 +91,7 @@ def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = 
     """Return the pipeline that the options ask for; ``with`` opens it."""
     from flashvlm_export.runtime.pipeline import Pipeline
 
-    return Pipeline.open(
+    pipeline = Pipeline.open(
         bundle,
         precision=args.precision,
         engine=args.engine,
@@ -100,3 +101,6 @@ def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = 
         threads=args.threads,
         llm=args.llm if with_llm else None,
     )
+    if pipeline.llm is not None and args.positions == "original":
+        pipeline.llm.require_gaps()
+    return pipeline

@@ -140,7 +140,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     """Answer a prompt from a file; the visual graph is not needed."""
-    from flashvlm_export.runtime.prompt_file import read_prompt, require_same_model
+    from flashvlm_export.runtime.llm.registry import require_same_model
+    from flashvlm_export.runtime.prompt_file import read_prompt, require_same_weights
 
     visual = ("image", "prompt", "system", "raw_prompt", "budget", "selector", "engine", "heatmap", "visual_only")
     given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False)]
@@ -154,12 +155,15 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
         )
     file = read_prompt(args.pruned)
     bundle = Bundle.open(args.bundle)
-    require_same_model(file.record, bundle)
+    require_same_weights(file.record, bundle)
     pipeline = pipeline_from(args, bundle)
     say = talk(args.json)
     words, ids, pieces = pipeline.prompts.detokenizer(), [], []
     assert pipeline.llm is not None  # a bundle without one is refused
+    if file.has_gaps:
+        pipeline.llm.require_gaps()
     with pipeline.llm as llm:
+        require_same_model(llm, pipeline.embeddings, bundle.manifest.source.model)
         stop = file.record.stop_token_ids
         for token in llm.generate(file.inputs_embeds, params, stop_token_ids=stop, positions=file.positions):
             ids.append(token)

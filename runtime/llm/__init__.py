@@ -4,5 +4,7 @@
 - ``sampling``: logits → token id, in NumPy.
 - ``onnxruntime``: the bundle's own decoder.
 - ``transformers``: a checkpoint, in torch.
+- ``llamacpp``: a GGUF file, in llama.cpp.
+- ``vllm``: a server, over HTTP; ``torch_file`` writes what it reads.
 - ``registry``: the engines by name.
 """

@@ -150,6 +150,16 @@ class LLMEngine(ABC):
             self._limits = None
             self._close()
 
+    def require_gaps(self) -> None:
+        """Raise :class:`LLMError` unless this kind of engine takes positions with gaps; it need not be open."""
+        if not self.capabilities.explicit_positions:
+            raise LLMError(
+                f"the engine '{self.name}' counts positions by itself",
+                received="kept tokens with their original positions",
+                expected="contiguous ones",
+                hint="--positions contiguous, or another engine",
+            )
+
     def embedding_rows(self, token_ids: Array) -> Array | None:
         """Return the model's own embeddings of ``token_ids``, floating point ``[n, D]``; ``None`` if it has none.
 
@@ -263,12 +273,8 @@ class LLMEngine(ABC):
                 received=f"{positions.dtype}{list(positions.shape)}",
                 expected=f"int64{list(counted.shape)}, ascending, 0 or more",
             )
-        if not self.capabilities.explicit_positions and not np.array_equal(positions, counted):
-            raise LLMError(
-                f"the engine '{self.name}' counts positions by itself",
-                received="kept tokens with their original positions",
-                expected="contiguous ones",
-            )
+        if not np.array_equal(positions, counted):
+            self.require_gaps()
         end, most = int(positions[-1]) + 1, self.limits.max_positions
         if end + params.max_new_tokens > most:
             room = most - params.max_new_tokens
@@ -294,6 +300,15 @@ class LLMEngine(ABC):
 
 def _ascending_from_0(positions: Array) -> bool:
     return bool(positions[0] >= 0 and (np.diff(positions) > 0).all())
+
+
+def common_prefix(left: Array, right: Array) -> int:
+    """Return how many rows ``left [n, D]`` and ``right [m, D]`` have in common from the first on."""
+    count = min(len(left), len(right))
+    if count == 0:
+        return 0
+    same = (left[:count] == right[:count]).all(axis=1)
+    return count if same.all() else int(np.argmin(same))
 
 
 def _require(good: bool, name: str, value: object, expected: str) -> None:

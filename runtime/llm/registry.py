@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BundleError, UsageError
+from flashvlm_export.errors import BundleError, LLMError, UsageError
+from flashvlm_export.runtime.embeddings import TextEmbeddings
 from flashvlm_export.runtime.llm.base import Embed, LLMEngine
 
 #: Name → what stands behind the colon; empty for what the bundle holds.
-ENGINES = {"onnxruntime": "", "transformers": "DIR"}
+ENGINES = {"onnxruntime": "", "transformers": "DIR", "llamacpp": "FILE.gguf", "vllm": "URL"}
 
 
 def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[str], threads: int | None) -> LLMEngine:
     """Return the engine that ``wanted`` names, not yet open.
 
     Args:
-        wanted: ``onnxruntime``, the bundle's decoder, or ``transformers:DIR``, a checkpoint.
+        wanted: ``onnxruntime``, the bundle's decoder; ``transformers:DIR``, a checkpoint; ``llamacpp:FILE.gguf``;
+            ``vllm:URL``, a server.
         bundle: whose prompts it answers.
         embed: its embedding rows, for engines that have none.
-        providers: ONNX Runtime execution providers; with CUDA among them, torch runs there too.
+        providers: ONNX Runtime execution providers; with CUDA among them, the others run there too.
         threads: threads of one operator; ``None`` leaves it to the engine.
 
     Raises:
@@ -31,12 +35,20 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
     if name not in ENGINES or bool(where) != bool(ENGINES[name]) or (colon and not where):
         known = ", ".join(f"{name}:{what}" if what else name for name, what in ENGINES.items())
         raise UsageError("no such language model engine", received=repr(wanted), expected=f"one of {known}")
+    gpu = "CUDAExecutionProvider" in providers
     # Imported here: each of these needs another library.
     if name == "transformers":
         from flashvlm_export.runtime.llm.transformers import TransformersLLM
 
-        device = "cuda" if "CUDAExecutionProvider" in providers else "cpu"
-        return TransformersLLM(Path(where), device=device, threads=threads)
+        return TransformersLLM(Path(where), device="cuda" if gpu else "cpu", threads=threads)
+    if name == "llamacpp":
+        from flashvlm_export.runtime.llm.llamacpp import LlamaCppLLM
+
+        return LlamaCppLLM(Path(where), gpu=gpu, threads=threads)
+    if name == "vllm":
+        from flashvlm_export.runtime.llm.vllm import VllmLLM
+
+        return VllmLLM(where, embed, bundle.manifest.vocab_size)
     from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 
     decoder = bundle.manifest.decoder
@@ -54,4 +66,33 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
         embed,
         providers=[provider for provider in providers if provider != "TensorrtExecutionProvider"],
         threads=threads,
+    )
+
+
+def require_same_model(llm: LLMEngine, embeddings: TextEmbeddings, model: str) -> None:
+    """Raise :class:`LLMError` unless an opened engine has the shape and the rows of a bundle's embedding table.
+
+    Args:
+        llm: the engine.
+        embeddings: the bundle's.
+        model: what the bundle was exported from; for people.
+    """
+    have, want = (llm.limits.vocab_size, llm.limits.width), (embeddings.vocab_size, embeddings.width)
+    received, expected = f"embeddings {list(have)}", str(list(want))
+    if have == want:
+        ids = np.linspace(0, embeddings.vocab_size - 1, min(embeddings.vocab_size, 32)).astype(np.int64)
+        theirs, ours = llm.embedding_rows(ids), embeddings.lookup(ids)
+        if theirs is None:
+            return
+        # In four bits a row still points where it pointed, within 0.99; one of another model points anywhere.
+        lengths = np.linalg.norm(theirs, axis=1) * np.linalg.norm(ours, axis=1)
+        likeness = float(np.median((theirs * ours).sum(1) / np.maximum(lengths, 1e-12)))
+        if likeness >= 0.98:
+            return
+        received, expected = f"other embeddings: a median cosine of {likeness:.3f}", "0.98 or more"
+    raise LLMError(
+        "the language model is not the one that the bundle was exported with",
+        received=received,
+        expected=expected,
+        hint=f"give the engine '{llm.name}' the language model of {model}",
     )

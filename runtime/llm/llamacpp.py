@@ -1,0 +1,172 @@
+"""A GGUF file through llama.cpp: what runs a language model on a Jetson, on the CPU or a GPU, in few bits.
+
+llama-cpp-python's bindings of the C functions, because its own class takes token ids only. The file is converted by the
+user from the same checkpoint; its embeddings have to be the bundle's.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+from collections.abc import Collection, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
+from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams, common_prefix
+from flashvlm_export.runtime.llm.sampling import Sampler
+from flashvlm_export.specs import Array
+
+_ALL_F32, _TYPE_F32, _TYPE_F16 = 0, 0, 1  # llama_ftype and ggml_type
+_ERROR = 4  # ggml_log_level
+
+
+class LlamaCppLLM(LLMEngine):
+    """Runs ``file``; keeps the KV cache of the last prompt, so that a prompt that begins alike prefills the rest.
+
+    Args:
+        file: GGUF of a text model.
+        context: positions of prompt and answer together, for which the KV cache is allocated when the model is opened;
+            at most what the model was trained with. The cache is float32 for a file in F32, and otherwise float16.
+        gpu: put all layers on the GPU; llama.cpp has to be built for it.
+        threads: threads; ``None`` leaves it to llama.cpp.
+    """
+
+    name = "llamacpp"
+    # Its cache insists on positions without gaps.
+    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+
+    def __init__(self, file: Path, *, context: int = 4096, gpu: bool = False, threads: int | None = None) -> None:
+        super().__init__()
+        self.file = file
+        self.context = context
+        self.gpu = gpu
+        self.threads = threads
+        self._lib: Any = None
+        self._model: Any = None
+        self._context: Any = None
+        self._log: Any = None
+        self._said: collections.deque[str] = collections.deque(maxlen=4)
+        self._cached = np.empty((0, 0), np.float32)
+
+    def _open(self) -> Limits:
+        try:
+            import llama_cpp
+        except ImportError as error:
+            raise DependencyError(
+                "the engine 'llamacpp' is not installed", received=str(error), hint=install_hint("llamacpp")
+            ) from error
+        if not self.file.is_file():
+            raise SessionError("there is no GGUF file at this path", received=str(self.file))
+        self._lib = lib = llama_cpp
+        self._listen()
+        try:
+            return self._load(lib)
+        except BaseException:
+            self._close()
+            raise
+
+    def _load(self, lib: Any) -> Limits:
+        if self.gpu and not lib.llama_supports_gpu_offload():
+            raise SessionError(
+                "this build of llama.cpp has no GPU support",
+                received="--provider cuda",
+                hint="CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-binary :all: llama-cpp-python",
+            )
+        settings = lib.llama_model_default_params()
+        settings.n_gpu_layers = 999 if self.gpu else 0
+        self._model = lib.llama_model_load_from_file(str(self.file).encode(), settings)
+        if not self._model:
+            raise self._failed("llama.cpp cannot load the language model", "a GGUF file of a text model")
+        positions = min(self.context, lib.llama_model_n_ctx_train(self._model))
+        settings = lib.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = positions
+        cache_type = _TYPE_F32 if lib.llama_model_ftype(self._model) == _ALL_F32 else _TYPE_F16
+        settings.type_k = settings.type_v = cache_type
+        if self.threads is not None:
+            settings.n_threads = settings.n_threads_batch = self.threads
+        self._context = lib.llama_init_from_model(self._model, settings)
+        if not self._context:
+            raise self._failed("llama.cpp has no memory for the KV cache", f"room for {positions} positions")
+        vocabulary = lib.llama_model_get_vocab(self._model)
+        return Limits(lib.llama_model_n_embd(self._model), positions, lib.llama_vocab_n_tokens(vocabulary))
+
+    def _close(self) -> None:
+        if self._context:
+            self._lib.llama_free(self._context)
+        if self._model:
+            self._lib.llama_model_free(self._model)
+        self._context = self._model = None
+        self._cached = np.empty((0, 0), np.float32)
+
+    def embedding_rows(self, token_ids: Array) -> Array | None:
+        """Return rows of the file's embedding table, from whatever bits; see :meth:`LLMEngine.embedding_rows`."""
+        from gguf import GGUFReader, dequantize
+
+        tensor = next((each for each in GGUFReader(self.file).tensors if each.name == "token_embd.weight"), None)
+        if tensor is None:
+            return None
+        rows: Array = dequantize(tensor.data[token_ids], tensor.tensor_type)
+        return rows
+
+    def _generate(
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        lib, sampler = self._lib, Sampler(params)
+        rows = np.array(inputs_embeds, np.float32, order="C")  # its own, to be compared with the next prompt
+        # The last row is computed in any case, for its logits.
+        past = min(common_prefix(self._cached, rows), len(rows) - 1)
+        self._cached = rows[:past]
+        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, past, -1)
+        logits = self._decode(past, rows=rows[past:])
+        self._cached, past = rows, len(rows)
+        while True:
+            token = sampler(logits)
+            yield token
+            logits = self._decode(past, token=token)
+            past += 1
+
+    def _decode(self, past: int, *, rows: Array | None = None, token: int = 0) -> Array:
+        """Run ``rows [n, D]``, or one token, behind ``past`` others; return the last logits ``[vocab]``."""
+        lib, limits = self._lib, self.limits
+        count = 1 if rows is None else len(rows)
+        batch = lib.llama_batch_init(count, 0 if rows is None else limits.width, 1)
+        try:
+            batch.n_tokens = count
+            if rows is None:
+                batch.token[0] = token
+            else:
+                ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+            for place in range(count):
+                batch.pos[place] = past + place
+                batch.n_seq_id[place] = 1
+                batch.seq_id[place][0] = 0
+                batch.logits[place] = place == count - 1
+            if lib.llama_decode(self._context, batch) != 0:
+                self._cached = self._cached[:0]
+                raise LLMError(
+                    f"llama.cpp failed in the language model behind {past} tokens",
+                    received=" ".join(self._said) or "no message",
+                    hint="use a smaller budget, or a file in fewer bits, if memory ended",
+                )
+        finally:
+            lib.llama_batch_free(batch)
+        logits = lib.llama_get_logits_ith(self._context, -1)
+        return np.ctypeslib.as_array(logits, (limits.vocab_size,)).copy()
+
+    def _listen(self) -> None:
+        """Keep what llama.cpp reports as errors, and nothing else of what it would print."""
+        self._said.clear()
+
+        def hear(level: int, text: bytes, _: Any) -> None:
+            if level == _ERROR:
+                self._said.append(text.decode(errors="replace").strip())
+
+        self._log = self._lib.llama_log_callback(hear)  # llama.cpp does not keep it alive
+        self._lib.llama_log_set(self._log, ctypes.c_void_p(0))
+
+    def _failed(self, what: str, expected: str) -> SessionError:
+        said = " ".join(self._said) or "no message"
+        return SessionError(what, received=f"{self.file}: {said}", expected=expected)

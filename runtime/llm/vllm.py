@@ -1,0 +1,184 @@
+"""A vLLM server over HTTP: continuous batching, several GPUs, several nodes; see ``docs/serving.md``.
+
+The server is started by the user with ``--enable-prompt-embeds`` and answers OpenAI's completions endpoint.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import time
+from collections.abc import Collection, Generator, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.torch_file import torch_bytes
+from flashvlm_export.specs import Array
+
+_START = "vllm serve MODEL --enable-prompt-embeds"
+_TRIES = 3
+
+
+class VllmLLM(LLMEngine):
+    """Sends prompts to a server. Each engine has one answer under way; the server batches those of many.
+
+    A request that never reached the server, or that it was too busy for, is sent again, up to three times in all. An
+    answer that breaks off is not: what was read of it stands.
+
+    Args:
+        url: where the endpoints are, such as ``http://localhost:8000/v1``.
+        embed: embedding rows of the bundle, which the server's model is checked to have.
+        vocab_size: rows of that table.
+        timeout_s: longest silence of the server, in seconds.
+
+    The key of a server that asks for one is taken from the variable ``VLLM_API_KEY``.
+    """
+
+    name = "vllm"
+    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+
+    def __init__(self, url: str, embed: Embed, vocab_size: int, *, timeout_s: float = 120.0) -> None:
+        super().__init__()
+        self.url = url.rstrip("/")
+        self.embed = embed
+        self.vocab_size = vocab_size
+        self.timeout_s = timeout_s
+        self._model = ""
+
+    def _open(self) -> Limits:
+        try:
+            served = json.loads(self._send("GET", "/models").read())["data"][0]
+            self._model, positions = str(served["id"]), int(served["max_model_len"])
+        except (LLMError, ValueError, KeyError, IndexError, TypeError) as error:
+            raise SessionError(
+                "there is no vLLM server at this address",
+                received=f"{self.url}: {error.received if isinstance(error, LLMError) else error!r}",
+                expected="the address of its completions endpoint, such as http://localhost:8000/v1",
+                hint=_START,
+            ) from error
+        self._require_same_embeddings()
+        width = self.embed(np.zeros(1, np.int64)).shape[1]
+        return Limits(width, positions, self.vocab_size)
+
+    def _close(self) -> None:
+        self._model = ""
+
+    def _require_same_embeddings(self) -> None:
+        """Ask the same once as token ids and once as the bundle's rows of them; another model answers otherwise."""
+        ids = np.linspace(1, self.vocab_size - 1, 6).astype(np.int64)
+        said = []
+        for prompt in ({"prompt": ids.tolist()}, self._prompt(self.embed(ids))):
+            request = prompt | {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+            choice = json.loads(self._send("POST", "/completions", request).read())["choices"][0]
+            said.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
+        # Half precision moves a log-probability by some hundredths; other embeddings move it by whole numbers.
+        if said[0][0] != said[1][0] or abs(said[0][1] - said[1][1]) > 0.2:
+            raise LLMError(
+                "the language model is not the one that the bundle was exported with",
+                received=f"{self._model} answers {said[0]} to token ids, and {said[1]} to their embeddings",
+                expected="the same to both",
+                hint=f"serve the language model of the bundle's checkpoint: {_START}",
+            )
+
+    def _prompt(self, rows: Array) -> dict[str, Any]:
+        return {"prompt_embeds": base64.b64encode(torch_bytes(rows)).decode()}
+
+    def _generate(
+        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
+    ) -> Generator[int, None, None]:
+        request = self._prompt(inputs_embeds) | {
+            "model": self._model,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "seed": params.seed,
+            "stop_token_ids": sorted(stop_token_ids),
+            "stream": True,
+            "return_token_ids": True,
+        }
+        response = self._send("POST", "/completions", request)
+        try:
+            for event in self._events(response):
+                if "error" in event:
+                    raise LLMError("the vLLM server broke off the answer", received=event["error"])
+                yield from event["choices"][0].get("token_ids") or ()
+        finally:
+            response.close()  # the server stops when its reader goes
+
+    def _events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+        """Yield the objects of an event stream; raise unless it is complete."""
+        try:
+            while line := response.readline():
+                if line.startswith(b"data: "):
+                    if line.strip() == b"data: [DONE]":
+                        return
+                    yield json.loads(line[6:])
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise self._broke_off(repr(error)) from error
+        raise self._broke_off("the connection closed before the end of the answer")
+
+    def _broke_off(self, received: str) -> LLMError:
+        return LLMError(
+            "the vLLM server broke off the answer",
+            received=received,
+            expected=f"an answer to the end, no silence longer than {self.timeout_s:g} s",
+            hint="look at its log; ask again when it is back",
+        )
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+        """Return the response to a request that succeeded; raise :class:`LLMError` otherwise."""
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("VLLM_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        content = None if body is None else json.dumps(body)
+        for left in reversed(range(_TRIES)):
+            connection = kind(parts.netloc, timeout=self.timeout_s)
+            try:
+                connection.connect()
+            except OSError as error:
+                connection.close()
+                if left:
+                    time.sleep(1)
+                    continue
+                raise LLMError(
+                    "the vLLM server cannot be reached", received=f"{self.url}: {error}", hint=_START
+                ) from error
+            try:
+                connection.request(method, parts.path + path, content, headers)
+                response = connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                raise self._broke_off(repr(error)) from error
+            if response.status == http.client.OK:
+                return response
+            said = response.read().decode(errors="replace")
+            connection.close()
+            busy = response.status in (http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE)
+            if busy and left:
+                time.sleep(1)
+                continue
+            raise LLMError(
+                "the vLLM server refused the request",
+                received=f"{response.status} {response.reason}: {_message(said)}",
+                hint=_START if "embeds" in said else None,
+            )
+        raise AssertionError("the last try returns or raises")
+
+
+def _message(text: str) -> str:
+    """Return what a server says in OpenAI's error object, or the whole text, shortened."""
+    try:
+        found = json.loads(text)
+        text = str(found.get("error", found).get("message", text))
+    except (ValueError, AttributeError):
+        pass
+    return text if len(text) <= 500 else text[:500] + " …"
