@@ -23,7 +23,7 @@ endif
 POSITIONS ?= contiguous
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes device-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
+.PHONY: help install demo test check lint types unit runtime-lanes device-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -75,6 +75,15 @@ build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
 	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required \
 	  --split divprune,cdpruner
+
+# llama.cpp is compiled, some minutes on two cores, for this machine and without its tools.
+llamacpp-lane: $(VENV)/installed
+	CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF" \
+	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[llamacpp]'
+	$(BIN)/python -m pytest tests/runtime/test_llm_llamacpp.py tests/integration/test_same_answer.py -k llamacpp
+
+vllm-lane: build/lane/bundle/manifest.json
+	tests/vllm_lane.sh "$(abspath $(BIN))/python" build/lane
 
 # In an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other.
 test-gpu: build/lane/bundle/manifest.json ## tests that need an NVIDIA GPU; fails without one
@@ -136,4 +145,4 @@ build/parity/visual.int8.onnx: $(VENV)/installed $(EXPORTER) $(TINY)/model.safet
 	$(BIN)/flashvlm calibrate build/parity --images $(SCENES)/calibration/dev --prompts $(SCENES)/calibration/dev.txt --tolerance none
 
 clean: ## remove what the targets above made, .venv included
-	rm -rf build dist $(VENV) .venv-3.* .venv-gpu
+	rm -rf build dist $(VENV) .venv-3.* .venv-gpu .venv-vllm

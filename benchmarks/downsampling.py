@@ -2,8 +2,9 @@
 
 The preprocessed picture is shrunk to ``14 s`` pixels a side, ``s`` the largest number with ``s * s`` at most the budget
 (so 169 tokens at 192, 121 at 128, 25 at 32), and goes through transformers' own model with interpolated position
-embeddings. Its tokens are not rows of the full picture, so this is no selector and has no graph. Put ``--output``
-beside the selectors' directories, and ``flashvlm eval --selector`` compares it with them.
+embeddings. Its tokens are not rows of the full picture, so this is no selector and has no graph; with
+``--positions original`` each takes the position of the full picture's patch at its middle. Put ``--output`` beside the
+selectors' directories, and ``flashvlm eval --selector`` compares it with them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -24,9 +26,10 @@ from flashvlm_export.evaluation.evaluate import Ask, Reply, answer_missing, bund
 from flashvlm_export.evaluation.journal import Journal, RunSettings
 from flashvlm_export.export.reference import LlavaReference
 from flashvlm_export.progress import Progress
-from flashvlm_export.runtime.embeddings import splice
+from flashvlm_export.runtime.embeddings import splice, splice_positions
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.prompt import Positions
 from flashvlm_export.specs import Array, Precision
 
 
@@ -45,8 +48,14 @@ def small_tokens(reference: LlavaReference, pixel_values: Array, budget: int) ->
     return rows
 
 
+def middles(side: int, grid: int) -> Array:
+    """Return which of ``grid * grid`` patches lie under the middles of ``side * side`` larger ones."""
+    steps = ((np.arange(side) + 0.5) * grid / side).astype(np.int64)
+    return (steps[:, None] * grid + steps).ravel()
+
+
 @contextmanager
-def asking(bundle: Path, checkpoint: Path, max_tokens: int) -> Iterator[Ask]:
+def asking(bundle: Path, checkpoint: Path, max_tokens: int, positions: Positions) -> Iterator[Ask]:
     """Yield a function that answers one question from a shrunk picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' advice on generation settings
@@ -57,7 +66,11 @@ def asking(bundle: Path, checkpoint: Path, max_tokens: int) -> Iterator[Ask]:
         tokenized = vlm.prompts.chat(question)
         tokens = small_tokens(reference, vlm.preprocess([load_image(image)]), budget)
         rows = vlm.embeddings.lookup(tokenized.token_ids, np.dtype(np.float32))
-        said = reference.generate(splice(rows, tokenized.image_positions, [tokens]), max_tokens)
+        where = None
+        if positions == "original":
+            patches = middles(math.isqrt(len(tokens)), math.isqrt(vlm.visual_tokens))
+            where = splice_positions(len(rows), tokenized.image_positions, [patches], vlm.visual_tokens)
+        said = reference.generate(splice(rows, tokenized.image_positions, [tokens]), max_tokens, positions=where)
         words = vlm.prompts.detokenizer()
         text = "".join(map(words.feed, said)) + words.flush()
         return Reply(text, len(said), "length" if len(said) == max_tokens else "stop")
@@ -71,6 +84,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="questions as flashvlm eval takes them")
     parser.add_argument("--output", type=Path, required=True, help="directory, such as RESULTS/downsampling")
+    parser.add_argument("--positions", choices=get_args(Positions), default="contiguous")
     parser.add_argument("--budgets", help="as of flashvlm eval")
     parser.add_argument("--limit", type=int, help="as of flashvlm eval")
     parser.add_argument("--seed", type=int, default=0, help="of that draw")
@@ -85,7 +99,7 @@ def main() -> None:
     digest = bundle_sha256(pipeline.bundle, Precision(next(iter(manifest.graphs))))
     backend = "transformers, pictures made smaller"
     settings = RunSettings(
-        manifest.source.model, digest, "fp32", backend, args.max_tokens, "none", selector="downsampling"
+        manifest.source.model, digest, "fp32", backend, args.max_tokens, "none", args.positions, "downsampling"
     )
     progress = Progress.on_stderr()
     keys = question_keys(data.questions, progress)
@@ -95,7 +109,7 @@ def main() -> None:
             keys,
             budgets,
             {"downsampling": journal},
-            asking(args.bundle, args.checkpoint, args.max_tokens),
+            asking(args.bundle, args.checkpoint, args.max_tokens, args.positions),
             progress,
             visual_tokens=pipeline.visual_tokens,
         )

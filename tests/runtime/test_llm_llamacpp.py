@@ -1,0 +1,122 @@
+"""llama.cpp on a file in float32 against transformers' ``generate``; ``make llamacpp-lane`` installs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: make llamacpp-lane")
+torch = pytest.importorskip("torch", reason="the oracle is transformers' model")
+
+from helpers.gguf_llama import write_gguf
+from helpers.tiny_llava import make_config
+from transformers import LlamaForCausalLM
+
+from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.llm.llamacpp import LlamaCppLLM
+
+WIDTH, NEW_TOKENS = 64, 24
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(make_config(llm_width=WIDTH).text_config).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1:  # large enough that greedy answers vary
+                parameter.normal_(0, 1.2 / (1 if "embed_tokens" in name else parameter.shape[1]) ** 0.5)
+    return made
+
+
+@pytest.fixture(scope="module")
+def file(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(directory)
+    return write_gguf(directory, directory / "text.gguf")
+
+
+def prompt(length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((length, WIDTH)).astype(np.float32)
+
+
+def reference(model: LlamaForCausalLM, rows: np.ndarray) -> list[int]:
+    ids = model.generate(
+        inputs_embeds=torch.from_numpy(rows)[None],
+        attention_mask=torch.ones(1, len(rows), dtype=torch.long),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return ids[0].tolist()
+
+
+def answer(engine: LlamaCppLLM, rows: np.ndarray, count: int = NEW_TOKENS) -> list[int]:
+    return list(engine.generate(rows, SamplingParams(max_new_tokens=count), stop_token_ids=()))
+
+
+def test_greedy_answers(file: Path, model: LlamaForCausalLM) -> None:
+    with LlamaCppLLM(file, threads=1) as engine:
+        assert engine.limits.width == WIDTH
+        assert engine.limits.vocab_size == 320
+        for length in (1, 3, 40, 300, 900):  # beyond the 512 rows of one of llama.cpp's batches
+            tokens = answer(engine, prompt(length))
+            assert tokens == reference(model, prompt(length))
+            assert len(set(tokens)) > 6, "dull answers would match anything"
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again(
+    file: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = prompt(50)
+    second = np.concatenate([first[:30], prompt(15, seed=1)])
+    computed: list[int] = []
+    with LlamaCppLLM(file) as engine:
+        whole = engine._decode
+        monkeypatch.setattr(
+            engine,
+            "_decode",
+            lambda past, *, rows=None, token=0: (
+                computed.append(1 if rows is None else len(rows)) or whole(past, rows=rows, token=token)
+            ),
+        )
+        for rows, expected in ((first, 50), (second, 15), (second, 1), (first[:10], 1), (prompt(20, seed=2), 20)):
+            computed.clear()
+            assert answer(engine, rows) == reference(model, rows)
+            assert computed[0] == expected
+        stream = engine.generate(first, SamplingParams(max_new_tokens=9), stop_token_ids=())
+        next(stream)
+        stream.close()
+        assert answer(engine, second) == reference(model, second), "behind an answer that was left"
+
+
+def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) -> None:
+    ids = np.array([0, 7, 319])
+    with LlamaCppLLM(file, context=64) as engine:
+        np.testing.assert_array_equal(engine.embedding_rows(ids), model.get_input_embeddings().weight.detach()[ids])
+        assert engine.limits.max_positions == 64
+        assert len(answer(engine, prompt(40), 24)) == 24
+        with pytest.raises(LLMError, match="at most 64 together"):
+            answer(engine, prompt(40), 25)
+        with pytest.raises(LLMError, match="'llamacpp' counts positions by itself"):
+            engine.generate(prompt(2), SamplingParams(), stop_token_ids=(), positions=np.array([0, 9]))
+        one = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=1.0, top_k=1)
+        assert list(engine.generate(prompt(3), one, stop_token_ids=())) == reference(model, prompt(3))
+
+
+def test_what_is_no_model(tmp_path: Path, file: Path) -> None:
+    with pytest.raises(SessionError, match="no GGUF file"):
+        LlamaCppLLM(tmp_path / "nothing.gguf").open()
+    (tmp_path / "text.gguf").write_bytes(b"text")
+    with pytest.raises(SessionError, match="cannot load"):
+        LlamaCppLLM(tmp_path / "text.gguf").open()
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:-5000])
+    with pytest.raises(SessionError, match="cannot load"):
+        LlamaCppLLM(cut).open()
+    with pytest.raises(SessionError, match="GGML_CUDA"):
+        LlamaCppLLM(file, gpu=True).open()
