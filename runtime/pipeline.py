@@ -27,7 +27,7 @@ from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import GenerationStats, LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
-from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.specs import Array, Precision, check_budget
@@ -36,21 +36,53 @@ from flashvlm_export.specs import Array, Precision, check_budget
 CACHE_BYTES = 256 << 20
 
 
+@dataclass(frozen=True, eq=False)
+class SelectedImage:
+    """What is left of one image.
+
+    Attributes:
+        tokens: float32 ``[K, D]``: its kept visual tokens.
+        indices: int64 ``[K]``: which ones of the ``N`` they are, ascending.
+        scores: float32 ``[N]``.
+    """
+
+    tokens: Array
+    indices: Array
+    scores: Array
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question that was answered; see :class:`Request`."""
+
+    images: Sequence[ImageSource | SelectedImage]
+    question: str
+    answer: str
+
+
 @dataclass(frozen=True)
 class Request:
     """One question about one or several images.
 
     Attributes:
-        images: paths, bytes, PIL images or arrays, in the order of their placeholders.
+        images: paths, bytes, PIL images or arrays, in the order of their placeholders; or what an earlier prompt kept
+            of an image, which is then taken as it is.
         question: the user's words; put into the chat template unless ``raw``.
         system: system text for the chat template, if any.
         raw: ``question`` is a whole prompt with its own placeholders.
+        history: what was said before, oldest first. Its images come first.
     """
 
-    images: Sequence[ImageSource]
+    images: Sequence[ImageSource | SelectedImage]
     question: str
     system: str | None = None
     raw: bool = False
+    history: Sequence[Exchange] = ()
+
+    @property
+    def all_images(self) -> list[ImageSource | SelectedImage]:
+        """The images of the conversation, in the order of their placeholders."""
+        return [*(image for exchange in self.history for image in exchange.images), *self.images]
 
 
 @dataclass(frozen=True)
@@ -61,8 +93,7 @@ class PrunedPrompt:
         inputs_embeds: float32 ``[S, D]``: text rows with the visual tokens in place of each placeholder.
         positions: int64 ``[S]``: where each row stands for the language model.
         prompt: the prompt before splicing.
-        indices: per image, int64 ``[K]``: which visual tokens were kept, ascending.
-        scores: per image, float32 ``[N]``.
+        images: what is left of each image.
         visual_tokens_before: visual tokens of all images without pruning.
         stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.
     """
@@ -70,10 +101,19 @@ class PrunedPrompt:
     inputs_embeds: Array
     positions: Array
     prompt: TokenizedPrompt
-    indices: list[Array]
-    scores: list[Array]
+    images: list[SelectedImage]
     visual_tokens_before: int
     stage_ms: dict[str, float]
+
+    @property
+    def indices(self) -> list[Array]:
+        """Per image int64 ``[K]``: which visual tokens were kept, ascending."""
+        return [image.indices for image in self.images]
+
+    @property
+    def scores(self) -> list[Array]:
+        """Per image float32 ``[N]``."""
+        return [image.scores for image in self.images]
 
     @property
     def visual_tokens_kept(self) -> int:
@@ -227,13 +267,33 @@ class Pipeline:
         clock = Clock()
         prompts = [self._tokenize(request) for request in requests]
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
-        guides = [
-            self.embeddings.lookup(prompt.text_ids(text_span), dtype)
+        guided = [
+            (image, self.embeddings.lookup(prompt.text_ids(text_span), dtype))
             for request, prompt in zip(requests, prompts, strict=True)
-            for _ in request.images
+            for image in request.all_images
         ]
         clock.lap("tokenize")
-        sources = [source for request in requests for source in request.images]
+        open_images = [(image, guide) for image, guide in guided if not isinstance(image, SelectedImage)]
+        found = self._select(open_images, count, selector, clock) if open_images else iter(())
+        images = [image if isinstance(image, SelectedImage) else next(found) for image, _ in guided]
+        spliced = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            own, images = images[: len(request.all_images)], images[len(request.all_images) :]
+            text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
+            embeds = splice(text_rows, prompt.image_positions, [image.tokens for image in own])
+            where = np.arange(len(embeds), dtype=np.int64)
+            if positions == "original":
+                kept = [image.indices for image in own]
+                where = splice_positions(len(text_rows), prompt.image_positions, kept, self.visual_tokens)
+            spliced.append((embeds, where, prompt, own))
+        clock.lap("splice")
+        return [PrunedPrompt(*parts, self.visual_tokens * len(parts[-1]), dict(clock.laps_ms)) for parts in spliced]
+
+    def _select(
+        self, guided: Sequence[tuple[ImageSource, Array]], count: int, selector: str | None, clock: Clock
+    ) -> Iterator[SelectedImage]:
+        """Yield what is left of each image, given the text rows that guide its selection; all as one batch."""
+        sources, guides = [source for source, _ in guided], [guide for _, guide in guided]
         if isinstance(self.session, SplitSession):
             images = self._encoded(sources, clock)
             outputs = self.session.select(images, *pad_text(guides), count, selector)
@@ -241,32 +301,8 @@ class Pipeline:
         else:
             outputs = self.session.run(visual_feeds(self._pixels(sources, clock), guides, count))
             clock.lap("visual")
-        spliced = []
-        first = 0
-        for request, prompt in zip(requests, prompts, strict=True):
-            rows = slice(first, first + len(request.images))
-            first = rows.stop
-            text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
-            visual = [tokens.astype(np.float32) for tokens in outputs.tokens[rows]]
-            embeds = splice(text_rows, prompt.image_positions, visual)
-            where = np.arange(len(embeds), dtype=np.int64)
-            if positions == "original":
-                kept = list(outputs.indices[rows])
-                where = splice_positions(len(text_rows), prompt.image_positions, kept, self.visual_tokens)
-            spliced.append((rows, prompt, embeds, where))
-        clock.lap("splice")
-        return [
-            PrunedPrompt(
-                inputs_embeds=embeds,
-                positions=where,
-                prompt=prompt,
-                indices=list(outputs.indices[rows]),
-                scores=list(outputs.scores[rows]),
-                visual_tokens_before=self.visual_tokens * (rows.stop - rows.start),
-                stage_ms=dict(clock.laps_ms),
-            )
-            for rows, prompt, embeds, where in spliced
-        ]
+        tokens = outputs.tokens.astype(np.float32)
+        return map(SelectedImage, tokens, outputs.indices, outputs.scores)
 
     def _pixels(self, sources: Sequence[ImageSource], clock: Clock) -> Array:
         images = [load_image(source) for source in sources]
@@ -365,11 +401,14 @@ class Pipeline:
         return self.llm
 
     def _tokenize(self, request: Request) -> TokenizedPrompt:
-        if not request.images:
+        if not request.all_images:
             raise UsageError("a request without images", expected="at least one image")
         if request.raw:
+            if request.history:
+                raise UsageError("a raw prompt has its history inside", expected="raw, or history")
             return self.prompts.raw(request.question, len(request.images))
-        return self.prompts.chat(request.question, len(request.images), request.system)
+        history = [Turn(len(past.images), past.question, past.answer) for past in request.history]
+        return self.prompts.chat(request.question, len(request.images), request.system, history)
 
     def __enter__(self) -> Pipeline:
         self.load()

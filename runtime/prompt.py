@@ -7,7 +7,7 @@ tokenize=True)``, but for the image: one placeholder id here, one per visual tok
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -34,6 +34,15 @@ Positions = Literal["contiguous", "original"]
 _MARKER = "\ue0f1\ue0f2\ue0f3"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A question that was answered: ``num_images`` pictures, the user's words, the model's."""
+
+    num_images: int
+    question: str
+    answer: str
+
+
 @dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
     """A prompt ready for embedding lookup.
@@ -42,7 +51,7 @@ class TokenizedPrompt:
         text: the prompt as it was tokenised, without special tokens that the tokenizer adds.
         token_ids: int64 ``[S]``, one placeholder id per image.
         image_positions: indices of the placeholders in ``token_ids``, ascending.
-        question_mask: bool ``[S]``, true for tokens that overlap the user's own words. Of a prompt that the user
+        question_mask: bool ``[S]``, true for tokens that overlap the user's own last words. Of a prompt that the user
             templated, every token but special ones.
     """
 
@@ -85,22 +94,25 @@ class PromptBuilder:
         self._chat_template = chat_template
         self._special_ids = _special_ids(self.tokenizer)
 
-    def chat(self, question: str, num_images: int = 1, system: str | None = None) -> TokenizedPrompt:
-        """Return the prompt for one question about ``num_images`` images, in the model's chat format.
+    def chat(
+        self, question: str, num_images: int = 1, system: str | None = None, history: Sequence[Turn] = ()
+    ) -> TokenizedPrompt:
+        """Return the prompt for a question about ``num_images`` images, in the model's chat format.
 
         Args:
             question: what the user asks; its control tokens, if any, count as such, as in transformers.
             num_images: placeholders that the template writes, before the question.
             system: text of a system message; empty for none.
+            history: what was said before, oldest first; its images come before the question's own.
 
         Raises:
             PromptError: if the question is empty, the template does not render, or the placeholders in the result
-                are not ``num_images``.
+                are not as many as there are images.
         """
         _check_text(question, "question")
-        text = self._render(question, num_images, system)
-        start, end = _locate(question, text, self._render(_MARKER, num_images, system))
-        return self._tokenize(text, num_images, (start, end))
+        text = self._render(question, num_images, system, history)
+        start, end = _locate(question, text, self._render(_MARKER, num_images, system, history))
+        return self._tokenize(text, num_images + sum(turn.num_images for turn in history), (start, end))
 
     def raw(self, text: str, num_images: int = 1) -> TokenizedPrompt:
         """Return the prompt for ``text`` that already is in the model's format, with a placeholder for each image.
@@ -152,12 +164,14 @@ class PromptBuilder:
             hint=hint,
         )
 
-    def _render(self, question: str, num_images: int, system: str | None) -> str:
-        content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    def _render(self, question: str, num_images: int, system: str | None, history: Sequence[Turn]) -> str:
+        messages = []
         if system:
             _check_text(system, "system message")
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+            messages.append(_message("system", system))
+        for turn in history:
+            messages += [_message("user", turn.question, turn.num_images), _message("assistant", turn.answer)]
+        messages.append(_message("user", question, num_images))
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
@@ -258,6 +272,10 @@ def _load_tokenizer(path: Path, settings: PromptSettings) -> Tokenizer:
 def _special_ids(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     added: Mapping[int, Any] = tokenizer.get_added_tokens_decoder()
     return np.array([id for id, token in added.items() if token.special], np.int64)
+
+
+def _message(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
+    return {"role": role, "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]}
 
 
 def _check_text(text: object, name: str) -> None:

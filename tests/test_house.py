@@ -243,6 +243,7 @@ def test_readme_commands_exist() -> None:
         "inspect",
         "report",
         "run",
+        "chat",
         "prompt",
         "dataset",
         "eval",

@@ -7,6 +7,7 @@
 - ``build.py``    bundle → engine
 - ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
+- ``chat.py``     one question after the other about the same images
 - ``prompt.py``   images and a question → a file for any LLM engine
 - ``report.py``   bundle against PyTorch → one page
 - ``dataset.py``  published benchmark → data set
@@ -23,12 +24,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import build, calibrate, dataset, export, inspect, models, pack, prompt, report, targets
+from flashvlm_export.cli import build, calibrate, chat, dataset, export, inspect, models, pack, prompt, report, targets
 from flashvlm_export.cli import eval as eval_
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, prompt, report, dataset, eval_, inspect)
+_VERBS = (models, targets, export, calibrate, build, pack, run_, chat, prompt, report, dataset, eval_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -35,15 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prompt_arguments(parser)
     add_backend_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--heatmap", metavar="FILE", type=Path, help="write a picture of scores and kept tokens (.png, .jpg, .webp)"
+    )
+    parser.add_argument("--visual-only", action="store_true", help="select tokens and stop; needs no language model")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how long an answer may be and how its tokens are chosen, from ``--max-tokens`` to ``--seed``."""
     parser.add_argument("--max-tokens", metavar="N", type=int, default=128, help="longest answer, in tokens")
     parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 = greedy")
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens; 0 = all")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much probability")
     parser.add_argument("--seed", metavar="SEED", type=int, help="of sampling; the same seed gives the same answer")
-    parser.add_argument(
-        "--heatmap", metavar="FILE", type=Path, help="write a picture of scores and kept tokens (.png, .jpg, .webp)"
-    )
-    parser.add_argument("--visual-only", action="store_true", help="select tokens and stop; needs no language model")
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,16 +66,9 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer, stream the text, print times; write the heat map if asked."""
-    from flashvlm_export.runtime.llm.base import SamplingParams
     from flashvlm_export.runtime.pipeline import Request
 
-    params = SamplingParams(
-        max_new_tokens=args.max_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    params = sampling_from(args)
     if args.pruned is not None:
         _run_pruned(args, params)
         return
@@ -200,6 +198,19 @@ def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
             expected="one prompt for all images, one image for all prompts, or as many prompts as images",
         )
     return list(zip(images, prompts, strict=True))
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingParams:
+    """Return what the options of :func:`add_sampling_arguments` say."""
+    from flashvlm_export.runtime.llm.base import SamplingParams
+
+    return SamplingParams(
+        max_new_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
 
 
 def budget_from(args: argparse.Namespace) -> Any:

@@ -69,6 +69,7 @@ class Capabilities:
         batch: takes several prompts at once.
         streaming: hands out each token when it is known; without, all of them at the end.
         sampling: obeys temperature, top-k and top-p; without, it is greedy.
+        prefix_reuse: need not compute the beginning that a prompt shares with the one before it.
     """
 
     embeddings: bool
@@ -76,6 +77,7 @@ class Capabilities:
     batch: bool
     streaming: bool
     sampling: bool
+    prefix_reuse: bool
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class GenerationStats:
 
     Attributes:
         prompt_tokens: rows of the prompt.
+        reused_tokens: of them, those that were known from the prompt before and not computed.
         new_tokens: tokens handed out; a stop token is none of them.
         prefill_ms: until the first token was known (the time to first token, from embeddings on).
         decode_ms: all later steps together, without the time the reader took between them; includes the step that
@@ -107,6 +110,7 @@ class GenerationStats:
     """
 
     prompt_tokens: int
+    reused_tokens: int
     new_tokens: int
     prefill_ms: float
     decode_ms: float
@@ -118,6 +122,8 @@ class LLMEngine(ABC):
 
     Attributes:
         last_run: of the generation that ended last; ``None`` before, during one, and after one that failed.
+        reuse_prefix: keep what was computed of a prompt, with the memory it takes, for one that begins alike; only
+            with the capability. Off at first, so that times of prefill are those of whole prompts.
     """
 
     name: ClassVar[str]
@@ -125,6 +131,8 @@ class LLMEngine(ABC):
 
     def __init__(self) -> None:
         self.last_run: GenerationStats | None = None
+        self.reuse_prefix = False
+        self._reused = 0
         self._limits: Limits | None = None
         self._busy = False
         # Weak, so that a stream its reader has dropped ends at once instead of keeping the engine busy.
@@ -210,7 +218,8 @@ class LLMEngine(ABC):
     ) -> Generator[int, None, None]:
         """Yield token ids; the base class stops at a stop token or ``max_new_tokens`` and closes the generator.
 
-        An engine that stops by itself may end early; it may yield the stop token or not.
+        An engine that stops by itself may end early; it may yield the stop token or not. One that reuses a prefix sets
+        ``_reused``.
         """
 
     def _stream(
@@ -222,7 +231,7 @@ class LLMEngine(ABC):
                 received="another answer is still being read" if self._busy else "a closed engine",
                 hint="read that answer to its end, or close its stream, first" if self._busy else "call open() first",
             )
-        self._busy, self.last_run = True, None
+        self._busy, self.last_run, self._reused = True, None, 0
         new_tokens, step_ms = 0, [0.0, 0.0]
         reason: Literal["stop", "length", "closed"] | None = None
         tokens = self._generate(inputs_embeds, positions, params, stop_token_ids)
@@ -245,7 +254,9 @@ class LLMEngine(ABC):
             tokens.close()
             self._busy = False
             if reason is not None:
-                self.last_run = GenerationStats(len(inputs_embeds), new_tokens, step_ms[0], step_ms[1], reason)
+                self.last_run = GenerationStats(
+                    len(inputs_embeds), self._reused, new_tokens, step_ms[0], step_ms[1], reason
+                )
 
     def _check_prompt(self, inputs_embeds: Array) -> None:
         limits = self.limits
@@ -303,11 +314,9 @@ def _ascending_from_0(positions: Array) -> bool:
 
 
 def common_prefix(left: Array, right: Array) -> int:
-    """Return how many rows ``left [n, D]`` and ``right [m, D]`` have in common from the first on."""
+    """Return how many rows ``left [n, …]`` and ``right [m, …]`` have in common from the first on."""
     count = min(len(left), len(right))
-    if count == 0:
-        return 0
-    same = (left[:count] == right[:count]).all(axis=1)
+    same = (left[:count] == right[:count]).reshape(count, -1).all(axis=1) if count else np.ones(0, np.bool_)
     return count if same.all() else int(np.argmin(same))
 
 

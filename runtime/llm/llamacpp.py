@@ -24,7 +24,7 @@ _ERROR = 4  # ggml_log_level
 
 
 class LlamaCppLLM(LLMEngine):
-    """Runs ``file``; keeps the KV cache of the last prompt, so that a prompt that begins alike prefills the rest.
+    """Runs ``file``.
 
     Args:
         file: GGUF of a text model.
@@ -36,7 +36,9 @@ class LlamaCppLLM(LLMEngine):
 
     name = "llamacpp"
     # Its cache insists on positions without gaps.
-    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True, prefix_reuse=True
+    )
 
     def __init__(self, file: Path, *, context: int = 4096, gpu: bool = False, threads: int | None = None) -> None:
         super().__init__()
@@ -117,8 +119,8 @@ class LlamaCppLLM(LLMEngine):
         lib, sampler = self._lib, Sampler(params)
         rows = np.array(inputs_embeds, np.float32, order="C")  # its own, to be compared with the next prompt
         # The last row is computed in any case, for its logits.
-        past = min(common_prefix(self._cached, rows), len(rows) - 1)
-        self._cached = rows[:past]
+        past = min(common_prefix(self._cached, rows), len(rows) - 1) if self.reuse_prefix else 0
+        self._reused, self._cached = past, rows[:past]
         lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, past, -1)
         logits = self._decode(past, rows=rows[past:])
         self._cached, past = rows, len(rows)

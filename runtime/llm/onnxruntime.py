@@ -9,6 +9,7 @@ token in int4 instead of 15 ms with caches fed back as outputs (fp32: 27 instead
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,40 @@ import numpy as np
 from flashvlm_export.errors import LLMError, SessionError
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.ort import ort_session
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import (
+    Capabilities,
+    Embed,
+    Limits,
+    LLMEngine,
+    SamplingParams,
+    common_prefix,
+)
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+@dataclass
+class _Cache:
+    """Keys and values of a prompt and its answer.
+
+    Attributes:
+        rows: embeddings that it holds, or is about to hold, ``[n, D]``.
+        positions: of them, ``[n]``.
+        arrays: ``[1, heads, capacity, head size]`` per half of a layer; on the CPU ONNX Runtime works in their memory.
+        values: the same as ONNX Runtime's.
+    """
+
+    rows: Array
+    positions: Array
+    arrays: list[Array]
+    values: list[Any] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that it has room for."""
+        return int(self.arrays[0].shape[2])
 
 
 class OnnxRuntimeLLM(LLMEngine):
@@ -36,7 +66,9 @@ class OnnxRuntimeLLM(LLMEngine):
     """
 
     name = "onnxruntime"
-    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True, prefix_reuse=True
+    )
 
     def __init__(
         self,
@@ -54,6 +86,7 @@ class OnnxRuntimeLLM(LLMEngine):
         self.providers = tuple(providers)
         self.threads = threads
         self._session: Any = None
+        self._cache: _Cache | None = None
         self._dtype: type[np.floating[Any]] = np.float32
 
     def _open(self) -> Limits:
@@ -81,25 +114,51 @@ class OnnxRuntimeLLM(LLMEngine):
         return Limits(width, self.entry.max_positions, vocab_size)
 
     def _close(self) -> None:
-        self._session = None
+        self._session = self._cache = None
 
     def _generate(
         self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         sampler = Sampler(params)
+        rows = np.array(inputs_embeds)  # its own, to be compared with the next prompt
+        cache, past = self._cache_for(rows, positions, len(rows) + params.max_new_tokens)
+        self._reused = past
         binding = self._session.io_binding()
-        # Held here: in ONNX Runtime 1.23 a binding does not keep alive the NumPy memory that is bound to it.
-        caches = self._bind_cache(binding, len(inputs_embeds) + params.max_new_tokens)
-        rows, past = inputs_embeds, 0
+        self._bind_cache(binding, cache)
+        new, where = rows[past:], positions[past:]
+        all_rows, all_positions = [rows], [positions]
         try:
             while True:
-                logits = self._step(binding, self._as_input(rows), positions[None], past)
-                past += len(rows)
+                logits = self._step(binding, self._as_input(new), where[None], past)
+                past += len(new)
                 token = sampler(logits)
                 yield token
-                rows, positions = self.embed(np.array([token], np.int64)), positions[-1:] + 1
+                new, where = self.embed(np.array([token], np.int64)), where[-1:] + 1
+                all_rows.append(new)
+                all_positions.append(where)
         finally:
-            del binding, caches
+            del binding
+            # What the next prompt has in common with this one may go on into its answer.
+            cache.rows, cache.positions = np.concatenate(all_rows)[:past], np.concatenate(all_positions)[:past]
+            self._cache = cache if self.reuse_prefix else None
+
+    def _cache_for(self, rows: Array, positions: Array, capacity: int) -> tuple[_Cache, int]:
+        """Return a cache for ``capacity`` positions, to hold ``rows``, and how many of them it holds already."""
+        old, self._cache = self._cache, None
+        past = 0
+        if old is not None and self.reuse_prefix:
+            past = min(common_prefix(old.rows, rows), common_prefix(old.positions, positions))
+            past = min(past, len(rows) - 1)  # the last row is computed in any case, for its logits
+        if old is not None and old.capacity >= capacity:
+            old.rows, old.positions = rows, positions
+            return old, past
+        cache = _Cache(rows, positions, self._allocate(capacity))
+        if old is not None and past:
+            if self._on_gpu:
+                return cache, 0  # its buffers cannot be copied into each other from here
+            for target, source in zip(cache.arrays, old.arrays, strict=True):
+                target[:, :, :past] = source[:, :, :past]
+        return cache, past
 
     def _step(self, binding: Any, rows: Array, positions: Array, past: int) -> Array:
         """Run ``rows [1, n, D]`` at ``positions [1, n]`` behind ``past`` others; return the last logits ``[vocab]``."""
@@ -121,21 +180,27 @@ class OnnxRuntimeLLM(LLMEngine):
         logits: Array = binding.get_outputs()[0].numpy()[0, -1]
         return logits
 
-    def _bind_cache(self, binding: Any, positions: int) -> list[Any]:
-        """Bind an empty cache and return its buffers, which the caller has to hold as long as it uses ``binding``."""
+    def _allocate(self, capacity: int) -> list[Array]:
+        """Return zeros for each half of each layer's cache."""
+        shape = (1, self.entry.num_kv_heads, capacity, self.entry.head_size)
+        return [np.zeros(shape, self._dtype) for _ in self._cache_names()]
+
+    def _bind_cache(self, binding: Any, cache: _Cache) -> None:
+        """Bind ``cache`` as what is read and as what is written."""
         from onnxruntime import OrtValue
 
         # First of all outputs, so that it stays number 0.
         binding.bind_output("logits", "cpu")
-        device = "cuda" if self.providers[0] == "CUDAExecutionProvider" else "cpu"
-        shape = (1, self.entry.num_kv_heads, positions, self.entry.head_size)
-        caches = []
-        for past, present in self._cache_names():
-            cache = OrtValue.ortvalue_from_numpy(np.zeros(shape, self._dtype), device, 0)
-            binding.bind_ortvalue_input(past, cache)
-            binding.bind_ortvalue_output(present, cache)
-            caches.append(cache)
-        return caches
+        if not cache.values:
+            device = "cuda" if self._on_gpu else "cpu"
+            cache.values = [OrtValue.ortvalue_from_numpy(array, device, 0) for array in cache.arrays]
+        for (past, present), value in zip(self._cache_names(), cache.values, strict=True):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.providers[0] == "CUDAExecutionProvider"
 
     def _cache_names(self) -> list[tuple[str, str]]:
         return [

@@ -28,7 +28,9 @@ class TransformersLLM(LLMEngine):
     """
 
     name = "transformers"
-    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True, prefix_reuse=False
+    )
 
     def __init__(self, directory: Path, *, device: str = "cpu", threads: int | None = None) -> None:
         super().__init__()

@@ -41,7 +41,9 @@ class VllmLLM(LLMEngine):
     """
 
     name = "vllm"
-    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True, prefix_reuse=False
+    )
 
     def __init__(self, url: str, embed: Embed, vocab_size: int, *, timeout_s: float = 120.0) -> None:
         super().__init__()

@@ -20,7 +20,9 @@ class Counting(LLMEngine):
     """Yields 10, 11, 12, …; sleeps 20 ms before the first token and 5 ms before each later one."""
 
     name = "counting"
-    capabilities = Capabilities(embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=False)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=False, prefix_reuse=False
+    )
 
     def __init__(self, end: int | None = None, fail_at: int | None = None) -> None:
         super().__init__()

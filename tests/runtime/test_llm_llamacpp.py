@@ -76,6 +76,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
     second = np.concatenate([first[:30], prompt(15, seed=1)])
     computed: list[int] = []
     with LlamaCppLLM(file) as engine:
+        engine.reuse_prefix = True
         whole = engine._decode
         monkeypatch.setattr(
             engine,
@@ -88,10 +89,16 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
             computed.clear()
             assert answer(engine, rows) == reference(model, rows)
             assert computed[0] == expected
+            assert engine.last_run is not None
+            assert engine.last_run.reused_tokens == len(rows) - expected
         stream = engine.generate(first, SamplingParams(max_new_tokens=9), stop_token_ids=())
         next(stream)
         stream.close()
         assert answer(engine, second) == reference(model, second), "behind an answer that was left"
+        engine.reuse_prefix = False
+        computed.clear()
+        assert answer(engine, second) == reference(model, second)
+        assert computed[0] == 45
 
 
 def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) -> None:

@@ -20,7 +20,7 @@ from flashvlm_export.errors import LLMError, SessionError
 from flashvlm_export.export.decoder import export_decoder
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM, _Cache
 
 WIDTH, NEW_TOKENS = 64, 32
 PROMPT_LENGTHS = (1, 2, 5, 17, 64, 190)
@@ -92,9 +92,14 @@ def answer(engine: OnnxRuntimeLLM, prompt: np.ndarray, new_tokens: int = NEW_TOK
 
 def prefill_logits(engine: OnnxRuntimeLLM, prompt: np.ndarray) -> np.ndarray:
     binding = engine._session.io_binding()
-    caches = engine._bind_cache(binding, len(prompt))
-    assert len(caches) == 2 * engine.entry.num_layers
+    cache = new_cache(engine, len(prompt))
+    assert len(cache.arrays) == 2 * engine.entry.num_layers
+    engine._bind_cache(binding, cache)
     return engine._step(binding, engine._as_input(prompt), counted(prompt), 0).astype(np.float64)
+
+
+def new_cache(engine: OnnxRuntimeLLM, capacity: int) -> _Cache:
+    return engine._cache_for(np.empty((0, WIDTH)), np.empty(0), capacity)[0]
 
 
 def counted(prompt: np.ndarray) -> np.ndarray:
@@ -179,17 +184,13 @@ def test_int4(tmp_path: Path, fp32: Exported) -> None:
 
 def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
     """Positions that are not written yet must not count, not even as 0 × NaN."""
-    from onnxruntime import OrtValue
-
     prompt = prompts()[3]
     with fp32.engine() as engine:
         binding = engine._session.io_binding()
-        caches = engine._bind_cache(binding, len(prompt) + 8)
-        for past, present in engine._cache_names():
-            cache = OrtValue.ortvalue_from_numpy(np.full(caches[0].shape(), np.nan, np.float32))
-            caches.append(cache)
-            binding.bind_ortvalue_input(past, cache)
-            binding.bind_ortvalue_output(present, cache)
+        cache = new_cache(engine, len(prompt) + 8)
+        for array in cache.arrays:
+            array.fill(np.nan)
+        engine._bind_cache(binding, cache)
         logits = engine._step(binding, engine._as_input(prompt), counted(prompt), 0)
         np.testing.assert_allclose(logits, fp32.reference_logits(prompt), rtol=0, atol=1e-4)
 
@@ -197,15 +198,46 @@ def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
 def test_the_cache_is_written_in_place(fp32: Exported) -> None:
     with fp32.engine() as engine:
         binding = engine._session.io_binding()
-        caches = engine._bind_cache(binding, 24)
+        cache = new_cache(engine, 24)
+        engine._bind_cache(binding, cache)
         engine._step(binding, engine._as_input(prompts()[3]), counted(prompts()[3]), 0)
         engine._step(binding, engine._as_input(prompts()[0]), np.array([[17]]), 17)
         written = binding.get_outputs()[1:]
-        assert {value.data_ptr() for value in written} == {cache.data_ptr() for cache in caches}
-        assert len(written) == len(caches)
-        for cache in caches:
-            used = np.abs(cache.numpy()).sum(axis=(0, 1, 3)) > 0
+        assert {value.data_ptr() for value in written} == {array.ctypes.data for array in cache.arrays}
+        assert len(written) == len(cache.arrays)
+        for array in cache.arrays:
+            used = np.abs(array).sum(axis=(0, 1, 3)) > 0
             assert used.tolist() == [True] * 18 + [False] * 6
+
+
+def test_a_prompt_that_begins_alike_is_not_computed_again(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the next prompt holds the answer, needs more room, or stands elsewhere from some row on."""
+    first = prompts()[4]
+    with fp32.engine() as engine:
+        engine.reuse_prefix = True
+        computed: list[int] = []
+        step = engine._step
+        monkeypatch.setattr(
+            engine, "_step", lambda binding, rows, *rest: computed.append(rows.shape[1]) or step(binding, rows, *rest)
+        )
+        said = fp32.embed(np.array(fp32.reference(first)))
+        turn = np.concatenate([first, said, prompts()[3]])
+        # All of the answer but its last token, whose row nothing was computed from, is known.
+        for rows, known in ((first, 0), (first, 63), (turn, 64 + NEW_TOKENS - 1), (first[:20], 19), (prompts()[5], 0)):
+            computed.clear()
+            assert answer(engine, rows) == fp32.reference(rows)
+            assert computed[0] == len(rows) - known
+            assert engine.last_run is not None
+            assert engine.last_run.reused_tokens == known
+        moved = np.arange(64) + (np.arange(64) > 40) * 7
+        assert answer(engine, first) == fp32.reference(first)
+        params = SamplingParams(max_new_tokens=NEW_TOKENS)
+        tokens = list(engine.generate(first, params, stop_token_ids=(), positions=moved))
+        assert tokens == fp32.reference(first, positions=moved)
+        assert engine.last_run.reused_tokens == 41
+        engine.reuse_prefix = False
+        assert answer(engine, first) == fp32.reference(first)
+        assert engine.last_run.reused_tokens == 0
 
 
 def test_the_cache_outlives_whatever_the_reader_allocates(fp32: Exported) -> None:

@@ -33,7 +33,9 @@ class ScriptedLLM(LLMEngine):
     """Says the same ids whatever the prompt, and remembers the prompt."""
 
     name = "scripted"
-    capabilities = Capabilities(embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True)
+    capabilities = Capabilities(
+        embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True, prefix_reuse=False
+    )
 
     def __init__(self, ids: list[int], width: int) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from flashvlm_export.errors import BundleError, ConfigError, PromptError
 from flashvlm_export.manifest import PromptSettings
-from flashvlm_export.runtime.prompt import PromptBuilder, StreamingDetokenizer
+from flashvlm_export.runtime.prompt import PromptBuilder, StreamingDetokenizer, Turn
 
 VICUNA = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -136,11 +137,17 @@ class Oracle:
             chat_template=VICUNA,
         )
 
-    def ids(self, template: str, question: str, num_images: int, system: str | None) -> list[int]:
+    def ids(
+        self, template: str, question: str, num_images: int, system: str | None, history: Sequence[Turn] = ()
+    ) -> list[int]:
         """Ids with each image's four visual tokens folded into one."""
         image = np.zeros((28, 28, 3), np.uint8)
-        content = [*({"type": "image", "image": image} for _ in range(num_images)), {"type": "text", "text": question}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        messages: list[dict[str, Any]] = []
+        for turn in [*history, Turn(num_images, question, "")]:
+            pictures = [{"type": "image", "image": image} for _ in range(turn.num_images)]
+            messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn.question}]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        del messages[-1]
         if system is not None:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         (expanded,) = self.processor.apply_chat_template(
@@ -167,6 +174,21 @@ def test_chat_equals_transformers(oracle: Oracle, template: str, num_images: int
     for question in QUESTIONS:
         prompt = builder.chat(question, num_images, system)
         assert prompt.token_ids.tolist() == oracle.ids(template, question, num_images, system)
+
+
+@pytest.mark.parametrize("template", [VICUNA, WRITES_BOS, RICH], ids=["vicuna", "writes_bos", "rich"])
+def test_conversations_equal_transformers(oracle: Oracle, template: str) -> None:
+    """Images of several turns; the question's words are those of the last turn, also where it was asked before."""
+    builder = PromptBuilder(oracle.path, template, oracle.settings)
+    again = "which one is older?"
+    history = [Turn(1, "what is this?", "A cat."), Turn(0, again, "I see one."), Turn(2, "and now?", "Two")]
+    for num_images, system in ((0, None), (1, "You are helpful.")):
+        prompt = builder.chat(again, num_images, system, history)
+        assert prompt.token_ids.tolist() == oracle.ids(template, again, num_images, system, history)
+        assert len(prompt.image_positions) == 3 + num_images
+        asked = np.flatnonzero(prompt.question_mask)
+        assert asked[0] > len(prompt.token_ids) / 2
+        assert again in builder.tokenizer.decode(prompt.text_ids("question").tolist())
 
 
 def test_bos_comes_once(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""flashvlm chat: one question after the other about the same images."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
+from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
+from flashvlm_export.errors import FlashVLMError
+
+_IMAGE = "/image "
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``flashvlm chat``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
+    parser.add_argument(
+        "--image", metavar="FILE", action="append", default=[], help="picture of the first question; may be repeated"
+    )
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        help="question; repeat for the next ones. Without any, each line of standard input is one, and /image FILE "
+        "adds a picture to the next",
+    )
+    parser.add_argument(
+        "--reselect",
+        action="store_true",
+        help="choose the visual tokens of every image anew for each question; otherwise they stay those that the "
+        "question chose with which the image came, and what was computed of them is kept where the engine can",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
+    parser.add_argument(
+        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+    )
+    add_backend_arguments(parser)
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ask, stream the answers, print times."""
+    from flashvlm_export.runtime.chat import Chat
+
+    bundle = Bundle.open(args.bundle)
+    selector = selector_from(args, bundle)
+    params = sampling_from(args)
+    say = talk(args.json)
+    results: list[dict[str, Any]] = []
+    with pipeline_from(args, bundle) as vlm:
+        chat = Chat(
+            vlm,
+            reselect=args.reselect,
+            budget=budget_from(args),
+            system=args.system,
+            text_span=args.text_span,
+            positions=args.positions,
+            selector=selector,
+        )
+        for question, images in _questions(args):
+            if args.prompt is not None:
+                say(f"> {question}")
+            try:
+                answer = chat.ask(question, images, params=params, on_text=lambda piece: say(piece, end=""))
+            except FlashVLMError as error:
+                if args.prompt is not None:
+                    raise
+                print(error, file=sys.stderr)  # the conversation stands: the next line may do better
+                continue
+            stats = answer.stats
+            say()
+            say(
+                f"  {stats.prompt_tokens} positions, {stats.reused_tokens} of them known; "
+                + ", ".join(f"{stage} {ms:.0f} ms" for stage, ms in answer.stage_ms.items())
+            )
+            results.append(
+                {
+                    "prompt": question,
+                    "images": images,
+                    "answer": answer.text,
+                    "kept_indices": answer.prompt.indices,
+                    "prompt_tokens": stats.prompt_tokens,
+                    "reused_tokens": stats.reused_tokens,
+                    "new_tokens": stats.new_tokens,
+                    "finish_reason": stats.finish_reason,
+                    "stage_ms": answer.stage_ms,
+                }
+            )
+    if args.json:
+        print_json({"bundle": str(args.bundle), "answers": results})
+
+
+def _questions(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Yield each question with the pictures that come with it."""
+    images: list[str] = list(args.image)
+    for line in args.prompt if args.prompt is not None else sys.stdin:
+        text = line.strip()
+        if args.prompt is None and text.startswith(_IMAGE):
+            images.append(text.removeprefix(_IMAGE).strip())
+        elif text:
+            yield text, images
+            images = []

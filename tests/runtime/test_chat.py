@@ -1,0 +1,139 @@
+"""Conversations: what was said comes first, images stay as they were or are chosen anew, nothing is done twice."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flashvlm_export.cli import main
+from flashvlm_export.errors import LLMError, UsageError
+from flashvlm_export.runtime.chat import Chat
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.pipeline import Exchange, Pipeline, Request
+
+PARAMS = SamplingParams(max_new_tokens=6)
+
+
+@pytest.fixture
+def vlm(tiny_bundle: Path) -> Iterator[Pipeline]:
+    with Pipeline.open(tiny_bundle, precision="fp32", selectors=[]) as opened:
+        yield opened
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (60, 80, 3), np.uint8)
+
+
+def test_a_conversation_is_one_prompt(vlm: Pipeline) -> None:
+    chat = Chat(vlm, budget=5, text_span="question")
+    first = chat.ask("What is it?", [picture(0)], params=PARAMS)
+    second = chat.ask("And this one?", [picture(1)], params=PARAMS)
+    third = chat.ask("Which is older?", params=PARAMS)
+    text = third.prompt.prompt.text
+    parts = ["What is it?", first.text.strip(), "And this one?", second.text.strip(), "Which is older?"]
+    places = [text.index(part) for part in parts if part]
+    assert places == sorted(places)
+    assert len(third.prompt.images) == 2
+    # Kept as the questions chose them with which they came, and put where they stood.
+    assert third.prompt.images[0] is first.prompt.images[0]
+    assert third.prompt.images[1] is second.prompt.images[1]
+    for place, image in zip(third.prompt.prompt.image_positions, third.prompt.images, strict=True):
+        start = place + (5 - 1 if image is third.prompt.images[1] else 0)
+        np.testing.assert_array_equal(third.prompt.inputs_embeds[start : start + 5], image.tokens)
+    assert "select" not in third.prompt.stage_ms
+    assert "encode" not in third.prompt.stage_ms
+
+
+def test_what_is_known_is_not_computed_again(vlm: Pipeline) -> None:
+    """Each answer is that of a pipeline that has never heard the conversation."""
+    for reselect in (False, True):
+        chat = Chat(vlm, budget=5, text_span="question", reselect=reselect)
+        previous = chat.ask("What is it?", [picture(0)], params=PARAMS)
+        for question in ("Is there a cat?", "What does it do?"):
+            exchanges = list(chat.exchanges)
+            answer = chat.ask(question, params=PARAMS)
+            assert answer.stats.reused_tokens < answer.stats.prompt_tokens
+            if not reselect:
+                assert answer.stats.reused_tokens >= previous.stats.prompt_tokens - 1
+            assert vlm.llm is not None
+            vlm.llm.reuse_prefix = False
+            again = vlm.encode([Request([], question, history=exchanges)], budget=5, text_span="question")[0]
+            np.testing.assert_array_equal(again.inputs_embeds, answer.prompt.inputs_embeds)
+            alone = vlm.answer(again, PARAMS)
+            assert alone.token_ids == answer.token_ids
+            assert alone.stats.reused_tokens == 0
+            vlm.llm.reuse_prefix = True
+            vlm.answer(previous.prompt, PARAMS)
+            vlm.answer(answer.prompt, PARAMS)
+            previous = answer
+
+
+def test_images_are_chosen_anew_where_that_is_asked_for(vlm: Pipeline) -> None:
+    kept = {}
+    for reselect in (False, True):
+        chat = Chat(vlm, budget=5, text_span="question", reselect=reselect)
+        chat.ask("What is it?", [picture(0)], params=PARAMS)
+        answer = chat.ask("How many stripes has the zebra on the left?", params=PARAMS)
+        kept[reselect] = answer.prompt.indices[0].tolist()
+        assert ("select" in answer.prompt.stage_ms) == reselect
+        assert "encode" not in answer.prompt.stage_ms, "the image was known"
+    request = Request([picture(0)], "How many stripes has the zebra on the left?")
+    assert kept[True] == vlm.encode([request], budget=5, text_span="question")[0].indices[0].tolist()
+    assert kept[True] != kept[False]
+
+
+def test_a_question_that_fails_leaves_the_conversation(vlm: Pipeline) -> None:
+    chat = Chat(vlm, budget=5)
+    with pytest.raises(UsageError, match="without images"):
+        chat.ask("What is it?", params=PARAMS)
+    chat.ask("What is it?", [picture(0)], params=PARAMS)
+    before = list(chat.exchanges)
+    with pytest.raises(LLMError, match="too long"):
+        chat.ask("And now?", [picture(1)], params=SamplingParams(max_new_tokens=1020))
+    assert chat.exchanges == before
+    assert chat.ask("And now?", params=PARAMS).stats.reused_tokens > 0
+
+
+def test_history_and_raw_prompts_exclude_each_other(vlm: Pipeline) -> None:
+    history = [Exchange([picture(0)], "What is it?", "A cat.")]
+    with pytest.raises(UsageError, match="raw prompt has its history inside"):
+        vlm.encode([Request([], "USER: and now?", raw=True, history=history)])
+
+
+def test_the_command(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    image = ["--image", str(tmp_path / "0.png")]
+    command = ["chat", str(tiny_bundle), "--budget", "5", "--max-tokens", "6", "--json"]
+    prompts = ["--prompt", "What is it?", "--prompt", "And now?"]
+    assert main([*command, *image, *prompts]) == 0
+    by_option = json.loads(capsys.readouterr().out)["answers"]
+    lines = (
+        f"What is it?\n\n/image {tmp_path / 'nothing.png'}\nWho?\nAnd now?\n/image {tmp_path / '1.png'}\nAnd that?\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main([*command, *image]) == 0
+    captured = capsys.readouterr()
+    by_line = json.loads(captured.out)["answers"]
+    assert "there is no image file" in captured.err
+    strict = ("prompt", "answer", "kept_indices", "reused_tokens")
+    assert [[row[name] for name in strict] for row in by_line[:2]] == [
+        [row[name] for name in strict] for row in by_option
+    ]
+    assert by_option[0]["reused_tokens"] == 0 < by_option[1]["reused_tokens"]
+    assert [len(row["kept_indices"]) for row in by_line] == [1, 1, 2]
+
+    assert main([*command, *image, *prompts, "--reselect"]) == 0
+    anew = json.loads(capsys.readouterr().out)["answers"]
+    assert "visual" in anew[1]["stage_ms"]
+    assert "visual" not in by_option[1]["stage_ms"]
+    assert main([*command, "--prompt", "What is it?"]) == 2
+    assert "without images" in capsys.readouterr().err
