@@ -30,7 +30,7 @@ from flashvlm_export.errors import (
     install_hint,
 )
 from flashvlm_export.export.child import run_child
-from flashvlm_export.export.decoder_positions import take_positions
+from flashvlm_export.export.decoder_positions import POSITION_IDS, take_positions
 from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, head_size, pad_heads
 from flashvlm_export.files import require_free_space, storage_errors
 from flashvlm_export.manifest import DecoderEntry
@@ -129,8 +129,8 @@ def export_decoder(
             elements = _write_checkpoint(checkpoint, config, tensors)
             require_free_space(directory, int(elements * _BYTES_PER_WEIGHT[precision]))
             _run_builder(checkpoint, built, precision)
+            take_positions(built / MODEL, entry.head_size)
             _check_graph(built / MODEL, config, entry)
-            take_positions(built / MODEL)
             for name in (f"{MODEL}.data", MODEL):
                 (built / name).replace(directory / name)
     return entry
@@ -313,11 +313,16 @@ def _check_graph(file: Path, config: Any, entry: DecoderEntry) -> None:
     width = shapes.get("inputs_embeds", [0])[-1]
     caches = [shape for name, shape in shapes.items() if name.startswith("past_key_values.")]
     heads = {shape[1] for shape in caches}
-    if width != config.hidden_size or len(caches) != 2 * entry.num_layers or heads != {entry.num_kv_heads}:
+    if (
+        width != config.hidden_size
+        or POSITION_IDS not in shapes
+        or len(caches) != 2 * entry.num_layers
+        or heads != {entry.num_kv_heads}
+    ):
         raise ExportError(
             "the model builder wrote another decoder than was asked for",
             received=f"inputs {', '.join(f'{name}{shape}' for name, shape in shapes.items())}",
-            expected=f"inputs_embeds of width {config.hidden_size} and {entry.num_layers} layers of KV cache with "
-            f"{entry.num_kv_heads} heads",
+            expected=f"position_ids, inputs_embeds of width {config.hidden_size} and {entry.num_layers} layers of KV "
+            f"cache with {entry.num_kv_heads} heads",
             hint="pip install --upgrade onnxruntime-genai",
         )

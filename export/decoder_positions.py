@@ -23,10 +23,10 @@ POSITION_IDS = "position_ids"
 _QUERY, _KEY, _COS, _SIN = 0, 1, 7, 8
 
 
-def take_positions(file: Path) -> None:
+def take_positions(file: Path, head_size: int) -> None:
     """Rewrite the decoder in ``file`` so that it takes ``position_ids``, int64 ``[batch_size, sequence_length]``.
 
-    Only the graph is written, weights stay in their file.
+    Only the graph is written, weights stay in their file. ``head_size`` is what has to be rotated of each head.
 
     Raises:
         ExportError: if its attention is not GroupQueryAttention that rotates whole heads and nothing besides.
@@ -36,7 +36,7 @@ def take_positions(file: Path) -> None:
     nodes: list[NodeProto] = []
     for node in graph.node:
         if node.op_type == "GroupQueryAttention":
-            nodes += _rotate_before(node, graph)
+            nodes += _rotate_before(node, graph, head_size)
         nodes.append(node)
     if len(nodes) == len(graph.node):
         raise _unknown("no such attention")
@@ -47,13 +47,16 @@ def take_positions(file: Path) -> None:
     onnx.save(model, str(file))
 
 
-def _rotate_before(node: NodeProto, graph: Any) -> list[NodeProto]:
+def _rotate_before(node: NodeProto, graph: Any, head_size: int) -> list[NodeProto]:
     """Take the rotation out of ``node`` and return it as nodes that go before."""
     attributes = {attribute.name: attribute for attribute in node.attribute}
-    if not attributes["do_rotary"].i or any(node.input[_SIN + 1 :]):
-        raise _unknown(f"{node.name} with inputs {', '.join(name for name in node.input if name)}")
-    cache = next(value for value in graph.initializer if value.name == node.input[_COS])
-    head_size = 2 * cache.dims[1]
+    rotates = "do_rotary" in attributes and attributes["do_rotary"].i == 1 and not any(node.input[_SIN + 1 :])
+    caches = [value for value in graph.initializer if value.name in node.input[_COS : _SIN + 1]]
+    if not rotates or [cache.dims[1] for cache in caches] != [head_size // 2] * 2:
+        raise _unknown(
+            f"{node.name} with inputs {', '.join(name for name in node.input if name)}, rotated by "
+            f"{', '.join(f'{cache.name}{list(cache.dims)}' for cache in caches)}"
+        )
     before = []
     if not node.input[_KEY]:  # queries, keys and values in one tensor
         widths = [attributes[f"{kind}num_heads"].i * head_size for kind in ("", "kv_", "kv_")]
@@ -64,7 +67,7 @@ def _rotate_before(node: NodeProto, graph: Any) -> list[NodeProto]:
     for place in (_QUERY, _KEY):
         rotated = f"{node.input[place]}/rotated"
         inputs = [node.input[place], POSITION_IDS, node.input[_COS], node.input[_SIN]]
-        interleaved = attributes["rotary_interleaved"].i
+        interleaved = attributes["rotary_interleaved"].i if "rotary_interleaved" in attributes else 0
         before.append(
             helper.make_node(
                 "RotaryEmbedding", inputs, [rotated], f"{rotated}/op", domain="com.microsoft", interleaved=interleaved
@@ -80,6 +83,6 @@ def _unknown(received: str) -> ExportError:
     return ExportError(
         "the decoder cannot be made to take positions",
         received=received,
-        expected="GroupQueryAttention with rotary embedding inside",
+        expected="GroupQueryAttention that rotates whole heads, and does nothing besides",
         hint="pip install --upgrade onnxruntime-genai",
     )

@@ -19,7 +19,7 @@
 - ``cli/``          the ``flashvlm`` command
 - ``export/``       checkpoint → ONNX (needs torch)
 - ``calibration/``  ranges → INT8 graph
-- ``runtime/``      what ships to the device: no torch, no transformers
+- ``runtime/``      what ships to the device: no torch but in one engine
 """
 
 import os

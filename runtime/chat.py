@@ -44,8 +44,6 @@ class Chat:
         self.positions: Positions = positions
         self.selector = selector
         self.exchanges: list[Exchange] = []
-        if vlm.llm is not None:
-            vlm.llm.reuse_prefix = vlm.llm.capabilities.prefix_reuse
 
     def ask(
         self,
@@ -70,7 +68,8 @@ class Chat:
             positions=self.positions,
             selector=self.selector,
         )[0]
-        answer = self.vlm.answer(prompt, params, on_text=on_text)
+        with self.vlm.reusing_prefixes():
+            answer = self.vlm.answer(prompt, params, on_text=on_text)
         kept = images if self.reselect else prompt.images[len(prompt.images) - len(images) :]
         self.exchanges.append(Exchange(kept, question, answer.text.strip()))
         return answer

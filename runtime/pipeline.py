@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -336,9 +337,10 @@ class Pipeline:
         Raises:
             LLMError: if the prompt and the answer together are too long for the model.
         """
-        for _, piece in self._generate(prompt, params):
-            if piece:
-                yield piece
+        with closing(self._generate(prompt, params)) as pieces:
+            for _, piece in pieces:
+                if piece:
+                    yield piece
 
     def answer(
         self,
@@ -349,10 +351,11 @@ class Pipeline:
     ) -> Answer:
         """Return the whole answer to a pruned prompt; ``on_text`` hears each piece of text as it comes."""
         pairs = []
-        for token, piece in self._generate(prompt, params):
-            pairs.append((token, piece))
-            if piece:
-                on_text(piece)
+        with closing(self._generate(prompt, params)) as pieces:
+            for token, piece in pieces:
+                pairs.append((token, piece))
+                if piece:
+                    on_text(piece)
         stats = self._require_llm().last_run
         assert stats is not None  # _generate ran to its end
         return Answer(
@@ -379,7 +382,19 @@ class Pipeline:
         prompt = self.encode([request], budget=budget, text_span=text_span, positions=positions, selector=selector)[0]
         return self.answer(prompt, params)
 
-    def _generate(self, prompt: PrunedPrompt, params: SamplingParams | None) -> Iterator[tuple[int | None, str]]:
+    @contextmanager
+    def reusing_prefixes(self) -> Iterator[None]:
+        """Let the engine, if it can, take over what it computed of the last prompt that was answered like this."""
+        llm = self._require_llm()
+        llm.reuse_prefix = llm.capabilities.prefix_reuse
+        try:
+            yield
+        finally:
+            llm.reuse_prefix = False
+
+    def _generate(
+        self, prompt: PrunedPrompt, params: SamplingParams | None
+    ) -> Generator[tuple[int | None, str], None, None]:
         """Yield ``(token id, text that it completes)``, and at last ``(None, what was held back)``."""
         llm = self._require_llm()
         settings = self.bundle.manifest.prompt
@@ -391,8 +406,9 @@ class Pipeline:
             stop_token_ids=settings.eos_token_ids,
             positions=prompt.positions,
         )
-        for token in tokens:
-            yield token, detokenizer.feed(token)
+        with closing(tokens):
+            for token in tokens:
+                yield token, detokenizer.feed(token)
         yield None, detokenizer.flush()
 
     def _require_llm(self) -> LLMEngine:

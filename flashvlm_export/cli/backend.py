@@ -21,7 +21,7 @@ PROVIDERS = {
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what every verb that answers questions takes, from ``--text-span`` to ``--threads``."""
+    """Add what runs the visual side, from ``--text-span`` to ``--threads``."""
     parser.add_argument(
         "--text-span",
         choices=("prompt", "question"),
@@ -59,6 +59,11 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
     )
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
+
+
+def add_llm_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--llm``, what answers."""
     parser.add_argument(
         "--llm",
         metavar="ENGINE",
@@ -66,7 +71,6 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the language model: onnxruntime, the bundle's decoder; transformers:DIR, a checkpoint; "
         "llamacpp:FILE.gguf; or vllm:URL, a server",
     )
-    parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
 
 
 def selectors_from(args: argparse.Namespace, bundle: Bundle) -> list[str] | None:

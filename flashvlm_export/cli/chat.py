@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
+from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
-from flashvlm_export.errors import FlashVLMError
+from flashvlm_export.errors import ImageError, LLMError, PromptError, UsageError
 
-_IMAGE = "/image "
+_IMAGE = "/image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
     )
     add_backend_arguments(parser)
+    add_llm_argument(parser)
     add_sampling_arguments(parser)
 
 
@@ -63,15 +63,22 @@ def run(args: argparse.Namespace) -> None:
             positions=args.positions,
             selector=selector,
         )
-        for question, images in _questions(args):
-            if args.prompt is not None:
-                say(f"> {question}")
+        failed = 0
+        images: list[str] = list(args.image)
+        for text in args.prompt if args.prompt is not None else map(str.strip, sys.stdin):
             try:
-                answer = chat.ask(question, images, params=params, on_text=lambda piece: say(piece, end=""))
-            except FlashVLMError as error:
+                if args.prompt is None and text.partition(" ")[0] == _IMAGE:
+                    images.append(_picture(text.removeprefix(_IMAGE).strip()))
+                    continue
+                if not text:
+                    continue
+                say(f"> {text}")
+                answer = chat.ask(text, images, params=params, on_text=lambda piece: say(piece, end=""))
+            except (ImageError, LLMError, PromptError, UsageError) as error:
                 if args.prompt is not None:
                     raise
                 print(error, file=sys.stderr)  # the conversation stands: the next line may do better
+                failed += 1
                 continue
             stats = answer.stats
             say()
@@ -81,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
             )
             results.append(
                 {
-                    "prompt": question,
+                    "prompt": text,
                     "images": images,
                     "answer": answer.text,
                     "kept_indices": answer.prompt.indices,
@@ -92,17 +99,16 @@ def run(args: argparse.Namespace) -> None:
                     "stage_ms": answer.stage_ms,
                 }
             )
+            images = []
     if args.json:
         print_json({"bundle": str(args.bundle), "answers": results})
+    if failed:
+        raise UsageError("not every line was answered", received=f"{failed} that could not be", expected="see above")
 
 
-def _questions(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Yield each question with the pictures that come with it."""
-    images: list[str] = list(args.image)
-    for line in args.prompt if args.prompt is not None else sys.stdin:
-        text = line.strip()
-        if args.prompt is None and text.startswith(_IMAGE):
-            images.append(text.removeprefix(_IMAGE).strip())
-        elif text:
-            yield text, images
-            images = []
+def _picture(path: str) -> str:
+    """Return ``path`` if there is a picture; raise :class:`ImageError` otherwise."""
+    from flashvlm_export.runtime.images import load_image
+
+    load_image(path)
+    return path

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from flashvlm_export import __version__
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import PROVIDERS, add_backend_arguments, pipeline_from, selectors_from
+from flashvlm_export.cli.backend import (
+    PROVIDERS,
+    add_backend_arguments,
+    add_llm_argument,
+    pipeline_from,
+    selectors_from,
+)
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import ConfigError, DependencyError, JournalError
 from flashvlm_export.files import atomic_write
@@ -56,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", metavar="SEED", type=int, default=0, help="of that draw, and of the intervals")
     parser.add_argument("--max-tokens", metavar="N", type=int, default=64, help="longest answer, in tokens")
     add_backend_arguments(parser)
+    add_llm_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -114,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _check_room(args: argparse.Namespace, bundle: Bundle, budgets: list[int]) -> None:
     """Refuse answers that cannot fit behind the visual tokens, before any question is asked."""
-    decoder = bundle.manifest.decoder
+    decoder = bundle.manifest.decoder if args.llm == "onnxruntime" else None  # others check each prompt
     most = max(budgets) if args.positions == "contiguous" else bundle.manifest.dims.num_patches
     if decoder and args.max_tokens >= decoder.max_positions - most:
         raise ConfigError(
@@ -147,7 +154,8 @@ def _settings(args: argparse.Namespace, bundle: Bundle, pipeline: Pipeline, sele
         precision = Precision(engine.entry.precision)
         backend = f"{engine.entry.backend} {engine.entry.target}, decoder on {provider}"
     if args.llm != "onnxruntime":
-        backend += f", {args.llm}"
+        assert pipeline.llm is not None
+        backend += f", {pipeline.llm.identity}"
     return RunSettings(
         bundle.manifest.source.model,
         bundle_sha256(bundle, precision, engine, None if args.selector is None else selector),

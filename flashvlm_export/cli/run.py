@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
+from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import UsageError
 
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_prompt_arguments(parser)
     add_backend_arguments(parser)
+    add_llm_argument(parser)
     add_sampling_arguments(parser)
     parser.add_argument(
         "--heatmap", metavar="FILE", type=Path, help="write a picture of scores and kept tokens (.png, .jpg, .webp)"
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(
             "there is nothing to ask", received=f"no {missing}", expected="--image and --prompt, or --pruned"
         )
+    if args.visual_only and args.llm != "onnxruntime":
+        raise UsageError("nothing answers", received=f"--llm {args.llm} --visual-only", expected="one of them")
     pairs = _pairs(args.image, args.prompt)
     requests = [Request([image], prompt, args.system, args.raw_prompt) for image, prompt in pairs]
     if args.heatmap is not None:
@@ -163,10 +167,11 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     with pipeline.llm as llm:
         require_same_model(llm, pipeline.embeddings, bundle.manifest.source.model)
         stop = file.record.stop_token_ids
-        for token in llm.generate(file.inputs_embeds, params, stop_token_ids=stop, positions=file.positions):
-            ids.append(token)
-            pieces.append(words.feed(token))
-            say(pieces[-1], end="")
+        with closing(llm.generate(file.inputs_embeds, params, stop_token_ids=stop, positions=file.positions)) as tokens:
+            for token in tokens:
+                ids.append(token)
+                pieces.append(words.feed(token))
+                say(pieces[-1], end="")
         pieces.append(words.flush())
         say(pieces[-1])
     stats = llm.last_run

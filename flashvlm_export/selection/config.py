@@ -86,7 +86,7 @@ class FlashVLMConfig(_Settings):
 
 @dataclass(frozen=True)
 class SoftFlashVLMConfig(FlashVLMConfig):
-    """FlashVLM with the settings that did best on ``flashvlm-tiny`` at small budgets (``docs/selection.md``).
+    """FlashVLM with settings that are ahead of the defaults at small budgets, on ``flashvlm-tiny``: docs/selection.md.
 
     Relevance is sharpened less, so that more than one spot of the image counts as relevant, and background is chosen by
     distance. Attributes are those of :class:`FlashVLMConfig`.

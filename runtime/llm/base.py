@@ -9,7 +9,7 @@ import math
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Literal, TypeVar
@@ -133,6 +133,7 @@ class LLMEngine(ABC):
         self.last_run: GenerationStats | None = None
         self.reuse_prefix = False
         self._reused = 0
+        self._known = (np.empty((0, 0)), np.empty(0))
         self._limits: Limits | None = None
         self._busy = False
         # Weak, so that a stream its reader has dropped ends at once instead of keeping the engine busy.
@@ -156,6 +157,7 @@ class LLMEngine(ABC):
             for stream in list(self._streams):
                 stream.close()
             self._limits = None
+            self._known = (np.empty((0, 0)), np.empty(0))
             self._close()
 
     def require_gaps(self) -> None:
@@ -169,10 +171,7 @@ class LLMEngine(ABC):
             )
 
     def embedding_rows(self, token_ids: Array) -> Array | None:
-        """Return the model's own embeddings of ``token_ids``, floating point ``[n, D]``; ``None`` if it has none.
-
-        A model with the bundle's embeddings is the bundle's model.
-        """
+        """Return the model's own embeddings of ``token_ids``, floating point ``[n, D]``; ``None`` if it shows none."""
         return None
 
     def generate(
@@ -206,6 +205,11 @@ class LLMEngine(ABC):
         self._streams.add(stream)
         return stream
 
+    @property
+    def identity(self) -> str:
+        """Which model answers, for records: the engine's name, and what tells its files from others."""
+        return self.name
+
     @abstractmethod
     def _open(self) -> Limits: ...
 
@@ -218,9 +222,24 @@ class LLMEngine(ABC):
     ) -> Generator[int, None, None]:
         """Yield token ids; the base class stops at a stop token or ``max_new_tokens`` and closes the generator.
 
-        An engine that stops by itself may end early; it may yield the stop token or not. One that reuses a prefix sets
-        ``_reused``.
+        An engine that stops by itself may end early; it may yield the stop token or not. One that reuses a prefix
+        asks ``_shared`` how much, and tells ``_remember`` in the end.
         """
+
+    def _shared(self, rows: Array, positions: Array) -> int:
+        """Return how many of ``rows [S, D]`` at ``positions [S]`` need not be computed, for an engine that reuses them.
+
+        Never all: the last one is computed in any case, for its logits.
+        """
+        if self.reuse_prefix:
+            known_rows, known_positions = self._known
+            shared = min(common_prefix(known_rows, rows), common_prefix(known_positions, positions))
+            self._reused = min(shared, len(rows) - 1)
+        return self._reused
+
+    def _remember(self, rows: Sequence[Array], positions: Sequence[Array], count: int) -> None:
+        """Keep what the engine holds: the first ``count`` rows of a prompt and its answer, in pieces."""
+        self._known = (np.concatenate(rows)[:count], np.concatenate(positions)[:count])
 
     def _stream(
         self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]

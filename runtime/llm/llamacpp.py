@@ -15,12 +15,32 @@ from typing import Any
 import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
-from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams, common_prefix
+from flashvlm_export.files import sha256_of
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
 _ALL_F32, _TYPE_F32, _TYPE_F16 = 0, 0, 1  # llama_ftype and ggml_type
 _ERROR = 4  # ggml_log_level
+
+# llama.cpp has one listener for the whole process, and says which model it speaks of to nobody.
+_said: collections.deque[str] = collections.deque(maxlen=4)
+_listener: Any = None
+
+
+def _listen(lib: Any) -> None:
+    """Keep what llama.cpp reports as errors, and nothing else of what it would print."""
+    global _listener
+    _said.clear()
+    if _listener is not None:
+        return
+
+    def hear(level: int, text: bytes, _: Any) -> None:
+        if level == _ERROR:
+            _said.append(text.decode(errors="replace").strip())
+
+    _listener = lib.llama_log_callback(hear)  # llama.cpp does not keep it alive
+    lib.llama_log_set(_listener, ctypes.c_void_p(0))
 
 
 class LlamaCppLLM(LLMEngine):
@@ -28,6 +48,7 @@ class LlamaCppLLM(LLMEngine):
 
     Args:
         file: GGUF of a text model.
+        embed: embedding rows of generated tokens, by which the next prompt is compared.
         context: positions of prompt and answer together, for which the KV cache is allocated when the model is opened;
             at most what the model was trained with. The cache is float32 for a file in F32, and otherwise float16.
         gpu: put all layers on the GPU; llama.cpp has to be built for it.
@@ -40,30 +61,31 @@ class LlamaCppLLM(LLMEngine):
         embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True, prefix_reuse=True
     )
 
-    def __init__(self, file: Path, *, context: int = 4096, gpu: bool = False, threads: int | None = None) -> None:
+    def __init__(
+        self, file: Path, embed: Embed, *, context: int = 4096, gpu: bool = False, threads: int | None = None
+    ) -> None:
         super().__init__()
         self.file = file
+        self.embed = embed
         self.context = context
         self.gpu = gpu
         self.threads = threads
         self._lib: Any = None
         self._model: Any = None
         self._context: Any = None
-        self._log: Any = None
-        self._said: collections.deque[str] = collections.deque(maxlen=4)
-        self._cached = np.empty((0, 0), np.float32)
 
     def _open(self) -> Limits:
         try:
+            import gguf  # noqa: F401  # for embedding_rows
             import llama_cpp
-        except ImportError as error:
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, or a library that does not load
             raise DependencyError(
-                "the engine 'llamacpp' is not installed", received=str(error), hint=install_hint("llamacpp")
+                "the engine 'llamacpp' cannot be loaded", received=str(error), hint=install_hint("llamacpp")
             ) from error
         if not self.file.is_file():
             raise SessionError("there is no GGUF file at this path", received=str(self.file))
         self._lib = lib = llama_cpp
-        self._listen()
+        _listen(lib)
         try:
             return self._load(lib)
         except BaseException:
@@ -75,7 +97,7 @@ class LlamaCppLLM(LLMEngine):
             raise SessionError(
                 "this build of llama.cpp has no GPU support",
                 received="--provider cuda",
-                hint="CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-binary :all: llama-cpp-python",
+                hint="CMAKE_ARGS=-DGGML_CUDA=on pip install --force-reinstall --no-deps llama-cpp-python",
             )
         settings = lib.llama_model_default_params()
         settings.n_gpu_layers = 999 if self.gpu else 0
@@ -101,7 +123,11 @@ class LlamaCppLLM(LLMEngine):
         if self._model:
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
-        self._cached = np.empty((0, 0), np.float32)
+
+    @property
+    def identity(self) -> str:
+        """The engine and a hash of the file."""
+        return f"{self.name} {sha256_of(self.file)[:16]}"
 
     def embedding_rows(self, token_ids: Array) -> Array | None:
         """Return rows of the file's embedding table, from whatever bits; see :meth:`LLMEngine.embedding_rows`."""
@@ -117,18 +143,25 @@ class LlamaCppLLM(LLMEngine):
         self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         lib, sampler = self._lib, Sampler(params)
-        rows = np.array(inputs_embeds, np.float32, order="C")  # its own, to be compared with the next prompt
-        # The last row is computed in any case, for its logits.
-        past = min(common_prefix(self._cached, rows), len(rows) - 1) if self.reuse_prefix else 0
-        self._reused, self._cached = past, rows[:past]
-        lib.llama_memory_seq_rm(lib.llama_get_memory(self._context), 0, past, -1)
-        logits = self._decode(past, rows=rows[past:])
-        self._cached, past = rows, len(rows)
-        while True:
-            token = sampler(logits)
-            yield token
-            logits = self._decode(past, token=token)
-            past += 1
+        new = np.array(inputs_embeds, np.float32, order="C")  # its own, to be compared with the next prompt
+        past, memory = self._shared(new, positions), lib.llama_get_memory(self._context)
+        if not lib.llama_memory_seq_rm(memory, 0, past, -1):  # some caches go as a whole or not at all
+            lib.llama_memory_clear(memory, True)
+            self._reused = past = 0
+        rows, where = [new], [positions]
+        done = past
+        try:
+            logits = self._decode(past, rows=new[past:])
+            done = len(new)
+            while True:
+                token = sampler(logits)
+                yield token
+                logits = self._decode(done, token=token)
+                rows.append(self.embed(np.array([token], np.int64)))
+                where.append(where[-1][-1:] + 1)
+                done += 1
+        finally:
+            self._remember(rows, where, done)
 
     def _decode(self, past: int, *, rows: Array | None = None, token: int = 0) -> Array:
         """Run ``rows [n, D]``, or one token, behind ``past`` others; return the last logits ``[vocab]``."""
@@ -147,10 +180,9 @@ class LlamaCppLLM(LLMEngine):
                 batch.seq_id[place][0] = 0
                 batch.logits[place] = place == count - 1
             if lib.llama_decode(self._context, batch) != 0:
-                self._cached = self._cached[:0]
                 raise LLMError(
                     f"llama.cpp failed in the language model behind {past} tokens",
-                    received=" ".join(self._said) or "no message",
+                    received=" ".join(_said) or "no message",
                     hint="use a smaller budget, or a file in fewer bits, if memory ended",
                 )
         finally:
@@ -158,17 +190,6 @@ class LlamaCppLLM(LLMEngine):
         logits = lib.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(logits, (limits.vocab_size,)).copy()
 
-    def _listen(self) -> None:
-        """Keep what llama.cpp reports as errors, and nothing else of what it would print."""
-        self._said.clear()
-
-        def hear(level: int, text: bytes, _: Any) -> None:
-            if level == _ERROR:
-                self._said.append(text.decode(errors="replace").strip())
-
-        self._log = self._lib.llama_log_callback(hear)  # llama.cpp does not keep it alive
-        self._lib.llama_log_set(self._log, ctypes.c_void_p(0))
-
     def _failed(self, what: str, expected: str) -> SessionError:
-        said = " ".join(self._said) or "no message"
+        said = " ".join(_said) or "no message"
         return SessionError(what, received=f"{self.file}: {said}", expected=expected)

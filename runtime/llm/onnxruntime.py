@@ -24,7 +24,6 @@ from flashvlm_export.runtime.llm.base import (
     Limits,
     LLMEngine,
     SamplingParams,
-    common_prefix,
 )
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
@@ -37,14 +36,10 @@ class _Cache:
     """Keys and values of a prompt and its answer.
 
     Attributes:
-        rows: embeddings that it holds, or is about to hold, ``[n, D]``.
-        positions: of them, ``[n]``.
         arrays: ``[1, heads, capacity, head size]`` per half of a layer; on the CPU ONNX Runtime works in their memory.
         values: the same as ONNX Runtime's.
     """
 
-    rows: Array
-    positions: Array
     arrays: list[Array]
     values: list[Any] = field(default_factory=list)
 
@@ -120,13 +115,13 @@ class OnnxRuntimeLLM(LLMEngine):
         self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
     ) -> Generator[int, None, None]:
         sampler = Sampler(params)
-        rows = np.array(inputs_embeds)  # its own, to be compared with the next prompt
-        cache, past = self._cache_for(rows, positions, len(rows) + params.max_new_tokens)
-        self._reused = past
+        new = np.array(inputs_embeds)  # its own, to be compared with the next prompt
+        past = self._shared(new, positions)
+        cache, past = self._cache_for(past, len(new) + params.max_new_tokens)
+        rows, places = [new], [positions]
+        new, where = new[past:], positions[past:]
         binding = self._session.io_binding()
         self._bind_cache(binding, cache)
-        new, where = rows[past:], positions[past:]
-        all_rows, all_positions = [rows], [positions]
         try:
             while True:
                 logits = self._step(binding, self._as_input(new), where[None], past)
@@ -134,30 +129,25 @@ class OnnxRuntimeLLM(LLMEngine):
                 token = sampler(logits)
                 yield token
                 new, where = self.embed(np.array([token], np.int64)), where[-1:] + 1
-                all_rows.append(new)
-                all_positions.append(where)
+                rows.append(new)
+                places.append(where)
         finally:
             del binding
-            # What the next prompt has in common with this one may go on into its answer.
-            cache.rows, cache.positions = np.concatenate(all_rows)[:past], np.concatenate(all_positions)[:past]
             self._cache = cache if self.reuse_prefix else None
+            self._remember(rows, places, past)
 
-    def _cache_for(self, rows: Array, positions: Array, capacity: int) -> tuple[_Cache, int]:
-        """Return a cache for ``capacity`` positions, to hold ``rows``, and how many of them it holds already."""
-        old, self._cache = self._cache, None
-        past = 0
-        if old is not None and self.reuse_prefix:
-            past = min(common_prefix(old.rows, rows), common_prefix(old.positions, positions))
-            past = min(past, len(rows) - 1)  # the last row is computed in any case, for its logits
+    def _cache_for(self, past: int, capacity: int) -> tuple[_Cache, int]:
+        """Return a cache with room for ``capacity`` positions, and how many of ``past`` known ones it holds."""
+        old = self._cache
         if old is not None and old.capacity >= capacity:
-            old.rows, old.positions = rows, positions
             return old, past
-        cache = _Cache(rows, positions, self._allocate(capacity))
-        if old is not None and past:
-            if self._on_gpu:
-                return cache, 0  # its buffers cannot be copied into each other from here
-            for target, source in zip(cache.arrays, old.arrays, strict=True):
-                target[:, :, :past] = source[:, :, :past]
+        if self.reuse_prefix:  # the next prompt is longer
+            capacity = min(2 * capacity, self.entry.max_positions)
+        cache = _Cache(self._allocate(capacity))
+        if past and self._on_gpu:
+            self._reused = past = 0  # buffers there cannot be copied into each other from here
+        for target, source in zip(cache.arrays, old.arrays if old is not None else (), strict=False):
+            target[:, :, :past] = source[:, :, :past]
         return cache, past
 
     def _step(self, binding: Any, rows: Array, positions: Array, past: int) -> Array:

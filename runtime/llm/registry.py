@@ -44,7 +44,7 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
     if name == "llamacpp":
         from flashvlm_export.runtime.llm.llamacpp import LlamaCppLLM
 
-        return LlamaCppLLM(Path(where), gpu=gpu, threads=threads)
+        return LlamaCppLLM(Path(where), embed, gpu=gpu, threads=threads)
     if name == "vllm":
         from flashvlm_export.runtime.llm.vllm import VllmLLM
 

@@ -5,6 +5,7 @@ The only module of the runtime that imports torch.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
+from flashvlm_export.files import sha256_of
 from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
@@ -49,18 +51,26 @@ class TransformersLLM(LLMEngine):
                 "the engine 'transformers' is not installed", received=str(error), hint=install_hint("export")
             ) from error
         logging.disable_progress_bar()
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
+        expected = "a directory with config.json and all weights, and memory for them in float32"
+        if not self.directory.is_dir():  # transformers would look for a name in its cache
+            raise SessionError("there is no checkpoint at this path", received=str(self.directory), expected=expected)
         try:
+            if self.threads is not None:
+                torch.set_num_threads(self.threads)
             config: Any = AutoConfig.from_pretrained(self.directory, local_files_only=True)
-            kind = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
-            model: Any = kind.from_pretrained(self.directory, dtype=torch.float32, local_files_only=True)
+            kind: Any = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModelForCausalLM
+            model, loading = kind.from_pretrained(
+                self.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+            missing = sorted(loading["missing_keys"])
+            if missing:  # transformers fills them with random numbers
+                raise ValueError(f"{len(missing)} weights are missing, {missing[0]} for one")
             self._model = model.eval().to(self.device)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # transformers, torch and safetensors have no common base
             raise SessionError(
                 "transformers cannot load the language model",
                 received=f"{self.directory}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-                expected="a directory with config.json and weights, and memory for them in float32",
+                expected=expected,
             ) from error
         text = config.get_text_config()
         rows, width = self._model.get_input_embeddings().weight.shape
@@ -68,6 +78,12 @@ class TransformersLLM(LLMEngine):
 
     def _close(self) -> None:
         self._model = None
+
+    @property
+    def identity(self) -> str:
+        """The engine and a hash over the files of weights."""
+        files = sorted(self.directory.glob("*.safetensors"))
+        return f"{self.name} {hashlib.sha256(' '.join(map(sha256_of, files)).encode()).hexdigest()[:16]}"
 
     def embedding_rows(self, token_ids: Array) -> Array:
         """Return rows of the embedding table; see :meth:`LLMEngine.embedding_rows`."""

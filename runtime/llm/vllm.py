@@ -12,17 +12,22 @@ import os
 import time
 from collections.abc import Collection, Generator, Iterator
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.errors import LLMError, SessionError, UsageError
 from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.torch_file import torch_bytes
 from flashvlm_export.specs import Array
 
 _START = "vllm serve MODEL --enable-prompt-embeds"
 _TRIES = 3
+_HINTS: dict[int, str] = {
+    401: "set the variable VLLM_API_KEY to the server's key",
+    403: "set the variable VLLM_API_KEY to the server's key",
+    404: "give the address of its completions endpoint, such as http://localhost:8000/v1",
+}
 
 
 class VllmLLM(LLMEngine):
@@ -37,6 +42,9 @@ class VllmLLM(LLMEngine):
         vocab_size: rows of that table.
         timeout_s: longest silence of the server, in seconds.
 
+    Raises:
+        UsageError: if ``url`` is none.
+
     The key of a server that asks for one is taken from the variable ``VLLM_API_KEY``.
     """
 
@@ -47,6 +55,11 @@ class VllmLLM(LLMEngine):
 
     def __init__(self, url: str, embed: Embed, vocab_size: int, *, timeout_s: float = 120.0) -> None:
         super().__init__()
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
+            raise UsageError(
+                "this is not the address of a server", received=repr(url), expected="such as http://localhost:8000/v1"
+            )
         self.url = url.rstrip("/")
         self.embed = embed
         self.vocab_size = vocab_size
@@ -55,14 +68,13 @@ class VllmLLM(LLMEngine):
 
     def _open(self) -> Limits:
         try:
-            served = json.loads(self._send("GET", "/models").read())["data"][0]
+            served = self._ask("GET", "/models")["data"][0]
             self._model, positions = str(served["id"]), int(served["max_model_len"])
-        except (LLMError, ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise SessionError(
-                "there is no vLLM server at this address",
-                received=f"{self.url}: {error.received if isinstance(error, LLMError) else error!r}",
+                "the server at this address is no vLLM server",
+                received=f"{self.url}/models: {error!r}",
                 expected="the address of its completions endpoint, such as http://localhost:8000/v1",
-                hint=_START,
             ) from error
         self._require_same_embeddings()
         width = self.embed(np.zeros(1, np.int64)).shape[1]
@@ -71,14 +83,22 @@ class VllmLLM(LLMEngine):
     def _close(self) -> None:
         self._model = ""
 
+    @property
+    def identity(self) -> str:
+        """The engine and the server's name of its model, once it is open."""
+        return f"{self.name} {self._model or self.url}"
+
     def _require_same_embeddings(self) -> None:
         """Ask the same once as token ids and once as the bundle's rows of them; another model answers otherwise."""
         ids = np.linspace(1, self.vocab_size - 1, 6).astype(np.int64)
         said = []
         for prompt in ({"prompt": ids.tolist()}, self._prompt(self.embed(ids))):
             request = prompt | {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": 1}
-            choice = json.loads(self._send("POST", "/completions", request).read())["choices"][0]
-            said.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
+            try:
+                choice = self._ask("POST", "/completions", request)["choices"][0]
+                said.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
+            except (ValueError, LookupError, TypeError) as error:
+                raise self._broke_off(repr(error)) from error
         # Half precision moves a log-probability by some hundredths; other embeddings move it by whole numbers.
         if said[0][0] != said[1][0] or abs(said[0][1] - said[1][1]) > 0.2:
             raise LLMError(
@@ -101,6 +121,10 @@ class VllmLLM(LLMEngine):
             "top_p": params.top_p,
             "top_k": params.top_k or -1,
             "seed": params.seed,
+            # What the server's model would otherwise bring along.
+            "repetition_penalty": 1.0,
+            "min_p": 0.0,
+            "ignore_eos": True,
             "stop_token_ids": sorted(stop_token_ids),
             "stream": True,
             "return_token_ids": True,
@@ -109,8 +133,16 @@ class VllmLLM(LLMEngine):
         try:
             for event in self._events(response):
                 if "error" in event:
-                    raise LLMError("the vLLM server broke off the answer", received=event["error"])
-                yield from event["choices"][0].get("token_ids") or ()
+                    raise self._broke_off(_message(event))
+                for choice in event.get("choices", ()):
+                    if choice.get("text") and not choice.get("token_ids"):
+                        raise LLMError(
+                            "the vLLM server answers in text alone",
+                            received=repr(choice["text"]),
+                            expected="token ids too, as return_token_ids asks for",
+                            hint="upgrade vLLM on the server",
+                        )
+                    yield from choice.get("token_ids") or ()
         finally:
             response.close()  # the server stops when its reader goes
 
@@ -134,11 +166,19 @@ class VllmLLM(LLMEngine):
             hint="look at its log; ask again when it is back",
         )
 
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the whole answer to a request, decoded."""
+        try:
+            return json.loads(self._send(method, path, body).read())
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broke_off(repr(error)) from error
+
     def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
         """Return the response to a request that succeeded; raise :class:`LLMError` otherwise."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        headers = {"Content-Type": "application/json"}
+        # The connection is the answer's: when that is read or left, both are closed.
+        headers = {"Content-Type": "application/json", "Connection": "close"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         content = None if body is None else json.dumps(body)
@@ -162,24 +202,33 @@ class VllmLLM(LLMEngine):
                 raise self._broke_off(repr(error)) from error
             if response.status == http.client.OK:
                 return response
-            said = response.read().decode(errors="replace")
-            connection.close()
+            with response:
+                said = response.read().decode(errors="replace")
             busy = response.status in (http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE)
             if busy and left:
                 time.sleep(1)
                 continue
             raise LLMError(
                 "the vLLM server refused the request",
-                received=f"{response.status} {response.reason}: {_message(said)}",
-                hint=_START if "embeds" in said else None,
+                received=f"{self.url}{path}: {response.status} {response.reason}: {_message(said)}",
+                hint=_HINTS.get(response.status, _START if "embeds" in said else None),
             )
         raise AssertionError("the last try returns or raises")
 
 
-def _message(text: str) -> str:
-    """Return what a server says in OpenAI's error object, or the whole text, shortened."""
+def _has_port(parts: SplitResult) -> bool:
+    """Whether what stands in place of a port is one, or nothing."""
     try:
-        found = json.loads(text)
+        return parts.port != 0
+    except ValueError:
+        return False
+
+
+def _message(said: str | dict[str, Any]) -> str:
+    """Return what a server says in OpenAI's error object, or all that it says, shortened."""
+    text = str(said)
+    try:
+        found = json.loads(said) if isinstance(said, str) else said
         text = str(found.get("error", found).get("message", text))
     except (ValueError, AttributeError):
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,11 @@ def file(model: LlamaForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> P
     return write_gguf(directory, directory / "text.gguf")
 
 
+def engine_of(file: Path, model: LlamaForCausalLM, **options: Any) -> LlamaCppLLM:
+    table = model.get_input_embeddings().weight.detach().numpy()
+    return LlamaCppLLM(file, lambda ids: table[ids], **options)
+
+
 def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((length, WIDTH)).astype(np.float32)
 
@@ -60,7 +66,7 @@ def answer(engine: LlamaCppLLM, rows: np.ndarray, count: int = NEW_TOKENS) -> li
 
 
 def test_greedy_answers(file: Path, model: LlamaForCausalLM) -> None:
-    with LlamaCppLLM(file, threads=1) as engine:
+    with engine_of(file, model, threads=1) as engine:
         assert engine.limits.width == WIDTH
         assert engine.limits.vocab_size == 320
         for length in (1, 3, 40, 300, 900):  # beyond the 512 rows of one of llama.cpp's batches
@@ -75,7 +81,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
     first = prompt(50)
     second = np.concatenate([first[:30], prompt(15, seed=1)])
     computed: list[int] = []
-    with LlamaCppLLM(file) as engine:
+    with engine_of(file, model) as engine:
         engine.reuse_prefix = True
         whole = engine._decode
         monkeypatch.setattr(
@@ -85,7 +91,11 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
                 computed.append(1 if rows is None else len(rows)) or whole(past, rows=rows, token=token)
             ),
         )
-        for rows, expected in ((first, 50), (second, 15), (second, 1), (first[:10], 1), (prompt(20, seed=2), 20)):
+        said = model.get_input_embeddings().weight.detach().numpy()[reference(model, first)]
+        turn = np.concatenate([first, said, prompt(9, seed=3)])
+        # All of the answer but its last token, whose row nothing was computed from, is known.
+        asked = [(first, 50), (second, 15), (second, 1), (first, 20), (turn, 10), (first[:10], 1), (prompt(20, 2), 20)]
+        for rows, expected in asked:
             computed.clear()
             assert answer(engine, rows) == reference(model, rows)
             assert computed[0] == expected
@@ -103,7 +113,7 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
 
 def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) -> None:
     ids = np.array([0, 7, 319])
-    with LlamaCppLLM(file, context=64) as engine:
+    with engine_of(file, model, context=64) as engine:
         np.testing.assert_array_equal(engine.embedding_rows(ids), model.get_input_embeddings().weight.detach()[ids])
         assert engine.limits.max_positions == 64
         assert len(answer(engine, prompt(40), 24)) == 24
@@ -115,15 +125,15 @@ def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) 
         assert list(engine.generate(prompt(3), one, stop_token_ids=())) == reference(model, prompt(3))
 
 
-def test_what_is_no_model(tmp_path: Path, file: Path) -> None:
+def test_what_is_no_model(tmp_path: Path, file: Path, model: LlamaForCausalLM) -> None:
     with pytest.raises(SessionError, match="no GGUF file"):
-        LlamaCppLLM(tmp_path / "nothing.gguf").open()
+        engine_of(tmp_path / "nothing.gguf", model).open()
     (tmp_path / "text.gguf").write_bytes(b"text")
     with pytest.raises(SessionError, match="cannot load"):
-        LlamaCppLLM(tmp_path / "text.gguf").open()
+        engine_of(tmp_path / "text.gguf", model).open()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:-5000])
     with pytest.raises(SessionError, match="cannot load"):
-        LlamaCppLLM(cut).open()
+        engine_of(cut, model).open()
     with pytest.raises(SessionError, match="GGML_CUDA"):
-        LlamaCppLLM(file, gpu=True).open()
+        engine_of(file, model, gpu=True).open()

@@ -99,7 +99,7 @@ def prefill_logits(engine: OnnxRuntimeLLM, prompt: np.ndarray) -> np.ndarray:
 
 
 def new_cache(engine: OnnxRuntimeLLM, capacity: int) -> _Cache:
-    return engine._cache_for(np.empty((0, WIDTH)), np.empty(0), capacity)[0]
+    return engine._cache_for(0, capacity)[0]
 
 
 def counted(prompt: np.ndarray) -> np.ndarray:

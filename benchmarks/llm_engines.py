@@ -1,0 +1,144 @@
+"""Language model engines on the same pruned prompts: time from embeddings to the first token, and tokens per second.
+
+Regime: CPU, matrix products in prefill, memory bandwidth in decode. The visual side runs once per budget; each engine
+then prefills the same rows and decodes the same number of tokens. Engines and budgets take turns in one process, after
+a round that does not count; compare the ratios. Answers have to agree on their first tokens.
+
+``second question`` is the same image asked again through encoder and selector as graphs of their own, which pays
+selection and prefill, beside the first question and beside the fused graph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from output import finish
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.manifest import DecoderEntry
+from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
+from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
+
+QUESTION = "What is in the picture, and where is it?"
+AGREE = 4
+
+
+def prompts_of(bundle: Bundle, budgets: list[int], image: Any, threads: int) -> dict[int, PrunedPrompt]:
+    """Return the pruned prompt at each budget."""
+    with Pipeline.open(bundle, llm=None, threads=threads) as vlm:
+        return {budget: vlm.encode([Request([image], QUESTION)], budget=budget)[0] for budget in budgets}
+
+
+def measure_engines(
+    engines: dict[str, LLMEngine], prompts: dict[int, PrunedPrompt], new_tokens: int, repeats: int
+) -> list[dict[str, Any]]:
+    """Return a row per engine and budget, medians over ``repeats``."""
+    prefill: dict[tuple[str, int], list[float]] = {}
+    decode: dict[tuple[str, int], list[float]] = {}
+    said: dict[tuple[str, int], list[int]] = {}
+    params = SamplingParams(max_new_tokens=new_tokens)
+    for turn in range(repeats + 1):
+        for name, engine in engines.items():
+            for budget, prompt in prompts.items():
+                said[name, budget] = list(engine.generate(prompt.inputs_embeds, params, stop_token_ids=()))
+                stats = engine.last_run
+                assert stats is not None
+                if turn:
+                    prefill.setdefault((name, budget), []).append(stats.prefill_ms)
+                    decode.setdefault((name, budget), []).append(stats.decode_ms / (stats.new_tokens - 1))
+    first = next(iter(engines))
+    return [
+        {
+            "engine": name,
+            "budget": budget,
+            "prompt_tokens": len(prompts[budget].inputs_embeds),
+            "prefill_ms": statistics.median(times),
+            "tokens_per_second": 1e3 / statistics.median(decode[name, budget]),
+            "same_tokens": int(
+                np.cumprod([a == b for a, b in zip(said[name, budget], said[first, budget], strict=False)]).sum()
+            ),
+        }
+        for (name, budget), times in prefill.items()
+    ]
+
+
+def measure_second_question(bundle: Bundle, budget: int, image: Any, repeats: int, threads: int) -> dict[str, float]:
+    """Return median milliseconds of the visual side: fused, of a first question, and of a second one."""
+    times: dict[str, list[float]] = {"fused": [], "first": [], "second": []}
+    with ExitStack() as stack:
+        fused = stack.enter_context(Pipeline.open(bundle, llm=None, threads=threads))
+        split = stack.enter_context(Pipeline.open(bundle, llm=None, threads=threads, selectors=[]))
+        for turn in range(repeats + 1):
+            split.images.clear()
+            for name, vlm in (("fused", fused), ("first", split), ("second", split)):
+                stages = vlm.encode([Request([image], QUESTION)], budget=budget)[0].stage_ms
+                if turn:
+                    times[name].append(sum(stages.values()))
+    return {f"{name}_ms": statistics.median(values) for name, values in times.items()}
+
+
+def cache_bytes(decoder: DecoderEntry, positions: int) -> int:
+    """Return what keys and values of ``positions`` take, in the decoder's dtype."""
+    size = 2 if decoder.precision == "fp16" else 4
+    return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size * positions * size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("bundle", type=Path, help="exported with --split flashvlm")
+    parser.add_argument("--llm", metavar="ENGINE", action="append", help="as of flashvlm run; repeat for several")
+    parser.add_argument("--budgets", default="576,128,32")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the JSON here")
+    args = parser.parse_args()
+    bundle = Bundle.open(args.bundle)
+    budgets = [int(text) for text in args.budgets.split(",")]
+    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    prompts = prompts_of(bundle, budgets, image, args.threads)
+    second = measure_second_question(bundle, budgets[-1], image, args.repeats, args.threads)
+    with ExitStack() as stack:
+        engines: dict[str, LLMEngine] = {}
+        for wanted in args.llm or ["onnxruntime"]:
+            vlm = Pipeline.open(bundle, llm=wanted, threads=args.threads)
+            assert vlm.llm is not None
+            engines[wanted.partition(":")[0]] = stack.enter_context(vlm.llm)
+        rows = measure_engines(engines, prompts, args.new_tokens, args.repeats)
+    print(f"{'engine':16}{'budget':>8}{'prompt':>8}{'prefill, ms':>14}{'tokens/s':>10}{'same':>6}", file=sys.stderr)
+    for row in rows:
+        print(
+            f"{row['engine']:16}{row['budget']:8}{row['prompt_tokens']:8}{row['prefill_ms']:14.1f}"
+            f"{row['tokens_per_second']:10.1f}{row['same_tokens']:6}",
+            file=sys.stderr,
+        )
+    print(
+        f"visual side at {budgets[-1]} tokens: fused {second['fused_ms']:.0f} ms, encoder and selector apart "
+        f"{second['first_ms']:.0f} ms, the second question {second['second_ms']:.0f} ms",
+        file=sys.stderr,
+    )
+    decoder = bundle.manifest.decoder
+    result = {
+        "benchmark": "llm_engines",
+        "model": bundle.manifest.source.model,
+        "threads": args.threads,
+        "new_tokens": args.new_tokens,
+        "repeats": args.repeats,
+        "rows": rows,
+        "second_question": second,
+        "cache_bytes": decoder and {b: cache_bytes(decoder, len(prompts[b].inputs_embeds)) for b in budgets},
+    }
+    finish(result, args.output)
+    return 0 if all(row["same_tokens"] >= AGREE for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
