@@ -1,8 +1,9 @@
 """Language model engines on the same pruned prompts: time from embeddings to the first token, and tokens per second.
 
-Regime: CPU, matrix products in prefill, memory bandwidth in decode. The visual side runs once per budget; each engine
-then prefills the same rows and decodes the same number of tokens. Engines and budgets take turns in one process, after
-a round that does not count; compare the ratios. Answers have to agree on their first tokens.
+Regime: CPU, matrix products in prefill, memory bandwidth in decode. The visual side runs first; each engine then
+prefills the same rows and decodes the same number of tokens. Engines and budgets take turns in one process, after a
+round that does not count, each round about another picture, so that no engine has seen its prompt before; compare the
+ratios. ``same`` counts the tokens up to the first that differs from the first engine's.
 
 ``second question`` is the same image asked again through encoder and selector as graphs of their own, which pays
 selection and prefill, beside the first question and beside the fused graph.
@@ -23,27 +24,36 @@ from output import finish
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.registry import require_same_model
 from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
+from flashvlm_export.specs import Array
 
 QUESTION = "What is in the picture, and where is it?"
-AGREE = 4
 
 
-def prompts_of(bundle: Bundle, budgets: list[int], image: Any, threads: int) -> dict[int, PrunedPrompt]:
-    """Return the pruned prompt at each budget."""
+def picture(seed: int) -> Array:
+    """Return noise of a photograph's size."""
+    return np.random.default_rng(seed).integers(0, 256, (480, 640, 3), np.uint8)
+
+
+def prompts_of(bundle: Bundle, budgets: list[int], rounds: int, threads: int) -> list[dict[int, PrunedPrompt]]:
+    """Return, for each round, the pruned prompt at each budget."""
     with Pipeline.open(bundle, llm=None, threads=threads) as vlm:
-        return {budget: vlm.encode([Request([image], QUESTION)], budget=budget)[0] for budget in budgets}
+        return [
+            {budget: vlm.encode([Request([picture(seed)], QUESTION)], budget=budget)[0] for budget in budgets}
+            for seed in range(rounds)
+        ]
 
 
 def measure_engines(
-    engines: dict[str, LLMEngine], prompts: dict[int, PrunedPrompt], new_tokens: int, repeats: int
+    engines: dict[str, LLMEngine], rounds: list[dict[int, PrunedPrompt]], new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Return a row per engine and budget, medians over ``repeats``."""
+    """Return a row per engine and budget, medians over all rounds but the first."""
     prefill: dict[tuple[str, int], list[float]] = {}
     decode: dict[tuple[str, int], list[float]] = {}
     said: dict[tuple[str, int], list[int]] = {}
     params = SamplingParams(max_new_tokens=new_tokens)
-    for turn in range(repeats + 1):
+    for turn, prompts in enumerate(rounds):
         for name, engine in engines.items():
             for budget, prompt in prompts.items():
                 said[name, budget] = list(engine.generate(prompt.inputs_embeds, params, stop_token_ids=()))
@@ -51,13 +61,13 @@ def measure_engines(
                 assert stats is not None
                 if turn:
                     prefill.setdefault((name, budget), []).append(stats.prefill_ms)
-                    decode.setdefault((name, budget), []).append(stats.decode_ms / (stats.new_tokens - 1))
+                    decode.setdefault((name, budget), []).append(stats.decode_ms / max(stats.new_tokens - 1, 1))
     first = next(iter(engines))
     return [
         {
             "engine": name,
             "budget": budget,
-            "prompt_tokens": len(prompts[budget].inputs_embeds),
+            "prompt_tokens": len(rounds[-1][budget].inputs_embeds),
             "prefill_ms": statistics.median(times),
             "tokens_per_second": 1e3 / statistics.median(decode[name, budget]),
             "same_tokens": int(
@@ -68,7 +78,7 @@ def measure_engines(
     ]
 
 
-def measure_second_question(bundle: Bundle, budget: int, image: Any, repeats: int, threads: int) -> dict[str, float]:
+def measure_second_question(bundle: Bundle, budget: int, repeats: int, threads: int) -> dict[str, float]:
     """Return median milliseconds of the visual side: fused, of a first question, and of a second one."""
     times: dict[str, list[float]] = {"fused": [], "first": [], "second": []}
     with ExitStack() as stack:
@@ -77,7 +87,7 @@ def measure_second_question(bundle: Bundle, budget: int, image: Any, repeats: in
         for turn in range(repeats + 1):
             split.images.clear()
             for name, vlm in (("fused", fused), ("first", split), ("second", split)):
-                stages = vlm.encode([Request([image], QUESTION)], budget=budget)[0].stage_ms
+                stages = vlm.encode([Request([picture(turn)], QUESTION)], budget=budget)[0].stage_ms
                 if turn:
                     times[name].append(sum(stages.values()))
     return {f"{name}_ms": statistics.median(values) for name, values in times.items()}
@@ -103,20 +113,22 @@ def main() -> int:
     args = parser.parse_args()
     bundle = Bundle.open(args.bundle)
     budgets = [int(text) for text in args.budgets.split(",")]
-    image = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    prompts = prompts_of(bundle, budgets, image, args.threads)
-    second = measure_second_question(bundle, budgets[-1], image, args.repeats, args.threads)
+    rounds = prompts_of(bundle, budgets, args.repeats + 1, args.threads)
+    second = measure_second_question(bundle, budgets[-1], args.repeats, args.threads)
     with ExitStack() as stack:
         engines: dict[str, LLMEngine] = {}
         for wanted in args.llm or ["onnxruntime"]:
             vlm = Pipeline.open(bundle, llm=wanted, threads=args.threads)
             assert vlm.llm is not None
-            engines[wanted.partition(":")[0]] = stack.enter_context(vlm.llm)
-        rows = measure_engines(engines, prompts, args.new_tokens, args.repeats)
-    print(f"{'engine':16}{'budget':>8}{'prompt':>8}{'prefill, ms':>14}{'tokens/s':>10}{'same':>6}", file=sys.stderr)
+            engine = stack.enter_context(vlm.llm)
+            require_same_model(engine, vlm.embeddings, bundle.manifest.source.model)
+            name, _, where = wanted.partition(":")
+            engines[f"{name} {Path(where).name}".strip()] = engine
+        rows = measure_engines(engines, rounds, args.new_tokens)
+    print(f"{'engine':32}{'budget':>8}{'prompt':>8}{'prefill, ms':>14}{'tokens/s':>10}{'same':>6}", file=sys.stderr)
     for row in rows:
         print(
-            f"{row['engine']:16}{row['budget']:8}{row['prompt_tokens']:8}{row['prefill_ms']:14.1f}"
+            f"{row['engine']:32}{row['budget']:8}{row['prompt_tokens']:8}{row['prefill_ms']:14.1f}"
             f"{row['tokens_per_second']:10.1f}{row['same_tokens']:6}",
             file=sys.stderr,
         )
@@ -134,10 +146,10 @@ def main() -> int:
         "repeats": args.repeats,
         "rows": rows,
         "second_question": second,
-        "cache_bytes": decoder and {b: cache_bytes(decoder, len(prompts[b].inputs_embeds)) for b in budgets},
+        "cache_bytes": decoder and {b: cache_bytes(decoder, len(rounds[-1][b].inputs_embeds)) for b in budgets},
     }
     finish(result, args.output)
-    return 0 if all(row["same_tokens"] >= AGREE for row in rows) else 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -238,7 +238,8 @@ class LLMEngine(ABC):
         return self._reused
 
     def _remember(self, rows: Sequence[Array], positions: Sequence[Array], count: int) -> None:
-        """Keep what the engine holds: the first ``count`` rows of a prompt and its answer, in pieces."""
+        """Note what the engine holds for the next prompt: the first ``count`` rows of this one and its answer."""
+        count = count if self.reuse_prefix else 0
         self._known = (np.concatenate(rows)[:count], np.concatenate(positions)[:count])
 
     def _stream(

@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Generator, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -23,6 +24,7 @@ from flashvlm_export.specs import Array
 
 _START = "vllm serve MODEL --enable-prompt-embeds"
 _TRIES = 3
+_BUSY = (http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE)
 _HINTS: dict[int, str] = {
     401: "set the variable VLLM_API_KEY to the server's key",
     403: "set the variable VLLM_API_KEY to the server's key",
@@ -129,8 +131,7 @@ class VllmLLM(LLMEngine):
             "stream": True,
             "return_token_ids": True,
         }
-        response = self._send("POST", "/completions", request)
-        try:
+        with self._sent("POST", "/completions", request) as response:
             for event in self._events(response):
                 if "error" in event:
                     raise self._broke_off(_message(event))
@@ -143,8 +144,6 @@ class VllmLLM(LLMEngine):
                             hint="upgrade vLLM on the server",
                         )
                     yield from choice.get("token_ids") or ()
-        finally:
-            response.close()  # the server stops when its reader goes
 
     def _events(self, response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
         """Yield the objects of an event stream; raise unless it is complete."""
@@ -168,51 +167,61 @@ class VllmLLM(LLMEngine):
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Return the whole answer to a request, decoded."""
-        try:
-            return json.loads(self._send(method, path, body).read())
-        except (OSError, http.client.HTTPException) as error:
-            raise self._broke_off(repr(error)) from error
+        with self._sent(method, path, body) as response:
+            try:
+                return json.loads(response.read())
+            except (OSError, http.client.HTTPException) as error:
+                raise self._broke_off(repr(error)) from error
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
-        """Return the response to a request that succeeded; raise :class:`LLMError` otherwise."""
+    @contextmanager
+    def _sent(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
+        """Send a request and yield the response, if it succeeded; the connection ends with it.
+
+        So the server knows, too, that nobody reads on.
+        """
+        connection, response = self._answered(method, path, None if body is None else json.dumps(body))
+        with closing(connection), response:
+            if response.status != http.client.OK:
+                said = response.read().decode(errors="replace")
+                raise LLMError(
+                    "the vLLM server refused the request",
+                    received=f"{self.url}{path}: {response.status} {response.reason}: {_message(said)}",
+                    hint=_HINTS.get(response.status, _START if "embeds" in said else None),
+                )
+            yield response
+
+    def _answered(
+        self, method: str, path: str, content: str | None
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Return an open connection and the response on it; try again where nobody listens or the server is busy."""
         parts = urlsplit(self.url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        # The connection is the answer's: when that is read or left, both are closed.
-        headers = {"Content-Type": "application/json", "Connection": "close"}
+        headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
-        content = None if body is None else json.dumps(body)
         for left in reversed(range(_TRIES)):
             connection = kind(parts.netloc, timeout=self.timeout_s)
             try:
                 connection.connect()
             except OSError as error:
                 connection.close()
-                if left:
-                    time.sleep(1)
-                    continue
-                raise LLMError(
-                    "the vLLM server cannot be reached", received=f"{self.url}: {error}", hint=_START
-                ) from error
+                if not left:
+                    raise LLMError(
+                        "the vLLM server cannot be reached", received=f"{self.url}: {error}", hint=_START
+                    ) from error
+                time.sleep(1)
+                continue
             try:
                 connection.request(method, parts.path + path, content, headers)
                 response = connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 raise self._broke_off(repr(error)) from error
-            if response.status == http.client.OK:
-                return response
-            with response:
-                said = response.read().decode(errors="replace")
-            busy = response.status in (http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE)
-            if busy and left:
-                time.sleep(1)
-                continue
-            raise LLMError(
-                "the vLLM server refused the request",
-                received=f"{self.url}{path}: {response.status} {response.reason}: {_message(said)}",
-                hint=_HINTS.get(response.status, _START if "embeds" in said else None),
-            )
+            if response.status not in _BUSY or not left:
+                return connection, response
+            response.close()
+            connection.close()
+            time.sleep(1)
         raise AssertionError("the last try returns or raises")
 
 

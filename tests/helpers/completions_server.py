@@ -15,6 +15,12 @@ from typing import Any
 
 import torch
 
+_REFUSALS = {
+    "busy": (503, "later"),
+    "key": (401, "Unauthorized"),
+    "flag": (400, "You must set `--enable-prompt-embeds` to input `prompt_embeds`."),
+}
+
 
 @dataclass
 class Served:
@@ -46,6 +52,8 @@ def serve(model: Any) -> Iterator[Served]:
     served = Served(model)
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -64,36 +72,49 @@ def serve(model: Any) -> Iterator[Served]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             served.requests.append(body | {"authorization": self.headers.get("Authorization")})
             fault = served.faults.pop(0) if served.faults else ""
-            if fault == "busy":
-                return self.reply(503, {"error": {"message": "later"}})
-            if fault == "flag":
-                message = "You must set `--enable-prompt-embeds` to input `prompt_embeds`."
-                return self.reply(400, {"error": {"message": message}})
+            if fault in _REFUSALS:
+                status, message = _REFUSALS[fault]
+                return self.reply(status, {"error": {"message": message}})
             if fault == "drop":
+                self.close_connection = True
                 return None
             if fault == "silence":
                 time.sleep(2)
             answer = served.tokens(served.rows(body), body["max_tokens"])
             if not body.get("stream"):
                 token, logprob = next(answer)
-                return self.reply(200, {"choices": [{"text": str(token), "logprobs": {"token_logprobs": [logprob]}}]})
+                logprobs = None if fault == "no logprobs" else {"token_logprobs": [logprob]}
+                return self.reply(200, {"choices": [{"text": str(token), "logprobs": logprobs}]})
             self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
+            try:
+                self.stream(answer, body["stop_token_ids"], fault)
+            except OSError:  # the reader has gone
+                self.close_connection = True
+            return None
+
+        def stream(self, answer: Iterator[tuple[int, float]], stop: list[int], fault: str) -> None:
             for number, (token, _) in enumerate(answer):
                 if fault == "break" and number == 3:
-                    return None
+                    self.close_connection = True
+                    return
                 if fault == "error event" and number == 3:
-                    self.wfile.write(b'data: {"error": {"message": "the engine died"}}\n\n')
-                    return None
-                event = {"choices": [{"text": "?", "token_ids": [token]}]}
-                try:
-                    self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
-                except OSError:
-                    return None
-                if token in body["stop_token_ids"]:
+                    self.event({"error": {"message": "the engine died"}})
                     break
-            self.wfile.write(b"data: [DONE]\n\n")
-            return None
+                ids = {} if fault == "text alone" else {"token_ids": [token]}
+                self.event({"choices": [{"text": "?", **ids}]})
+                if token in stop:
+                    break
+            self.event({"choices": [], "usage": {}})
+            self.chunk(b"data: [DONE]\n\n")
+            self.chunk(b"")
+
+        def event(self, content: object) -> None:
+            self.chunk(f"data: {json.dumps(content)}\n\n".encode())
+
+        def chunk(self, content: bytes) -> None:
+            self.wfile.write(f"{len(content):x}\r\n".encode() + content + b"\r\n")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     served.url = f"http://127.0.0.1:{server.server_address[1]}/v1"

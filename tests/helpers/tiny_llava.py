@@ -12,6 +12,7 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -52,6 +53,17 @@ def make_tokenizer(vocab_size: int = 320) -> PreTrainedTokenizerFast:
     fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+def make_talkative_llama(width: int) -> LlamaForCausalLM:
+    """A seeded Llama with weights so large that greedy answers vary."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(make_config(llm_width=width).text_config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.2 / (1 if "embed_tokens" in name else parameter.shape[1]) ** 0.5)
+    return model
 
 
 def make_config(

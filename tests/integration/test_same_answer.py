@@ -87,4 +87,4 @@ def test_greedy_answers_agree(engine: Pipeline, prompts: list[PrunedPrompt], mod
         assert answer.stats.new_tokens == len(answer.token_ids)
         assert answer.stats.prefill_ms > 0
     assert lengths > 12 * NEW_TOKENS / 4, "answers too short to tell"
-    assert near_ties <= 2
+    assert near_ties <= 2, "closer than 1e-4 of the largest of 320 logits they come about once in a thousand tokens"

@@ -58,19 +58,18 @@ def test_what_is_known_is_not_computed_again(vlm: Pipeline) -> None:
         for question in ("Is there a cat?", "What does it do?"):
             exchanges = list(chat.exchanges)
             answer = chat.ask(question, params=PARAMS)
-            assert answer.stats.reused_tokens < answer.stats.prompt_tokens
-            if not reselect:
-                assert answer.stats.reused_tokens >= previous.stats.prompt_tokens - 1
-            assert vlm.llm is not None
-            vlm.llm.reuse_prefix = False
+            # Up to the image, or, where it stays as it was, up to the answer.
+            start = previous.prompt.prompt.image_positions[0]
+            least = start if reselect else previous.stats.prompt_tokens
+            assert least <= answer.stats.reused_tokens < answer.stats.prompt_tokens
             again = vlm.encode([Request([], question, history=exchanges)], budget=5, text_span="question")[0]
             np.testing.assert_array_equal(again.inputs_embeds, answer.prompt.inputs_embeds)
             alone = vlm.answer(again, PARAMS)
             assert alone.token_ids == answer.token_ids
             assert alone.stats.reused_tokens == 0
-            vlm.llm.reuse_prefix = True
-            vlm.answer(previous.prompt, PARAMS)
-            vlm.answer(answer.prompt, PARAMS)
+            with vlm.reusing_prefixes():  # as if the other had not been asked
+                vlm.answer(previous.prompt, PARAMS)
+                vlm.answer(answer.prompt, PARAMS)
             previous = answer
 
 
@@ -116,18 +115,16 @@ def test_the_command(
     prompts = ["--prompt", "What is it?", "--prompt", "And now?"]
     assert main([*command, *image, *prompts]) == 0
     by_option = json.loads(capsys.readouterr().out)["answers"]
-    lines = (
-        f"What is it?\n\n/image {tmp_path / 'nothing.png'}\nWho?\nAnd now?\n/image {tmp_path / '1.png'}\nAnd that?\n"
-    )
+    bad, good = tmp_path / "nothing.png", tmp_path / "1.png"
+    lines = f"What is it?\n\n/image {bad}\nAnd now?\n/image {good}\nAnd that?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert main([*command, *image]) == 0
+    assert main([*command, *image]) == 2
     captured = capsys.readouterr()
+    assert "1 that could not be" in captured.err
     by_line = json.loads(captured.out)["answers"]
     assert "there is no image file" in captured.err
-    strict = ("prompt", "answer", "kept_indices", "reused_tokens")
-    assert [[row[name] for name in strict] for row in by_line[:2]] == [
-        [row[name] for name in strict] for row in by_option
-    ]
+    for row, other in zip(by_line, by_option, strict=False):
+        assert all(row[name] == other[name] for name in ("prompt", "answer", "kept_indices", "reused_tokens"))
     assert by_option[0]["reused_tokens"] == 0 < by_option[1]["reused_tokens"]
     assert [len(row["kept_indices"]) for row in by_line] == [1, 1, 2]
 
@@ -135,5 +132,8 @@ def test_the_command(
     anew = json.loads(capsys.readouterr().out)["answers"]
     assert "visual" in anew[1]["stage_ms"]
     assert "visual" not in by_option[1]["stage_ms"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("Is it?\n/image\n"))
+    assert main([*command, *image, "--budget", "99"]) == 2, "what no line can mend"
+    assert "99" in capsys.readouterr().err
     assert main([*command, "--prompt", "What is it?"]) == 2
     assert "without images" in capsys.readouterr().err

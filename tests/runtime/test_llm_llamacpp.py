@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: make llamac
 torch = pytest.importorskip("torch", reason="the oracle is transformers' model")
 
 from helpers.gguf_llama import write_gguf
-from helpers.tiny_llava import make_config
+from helpers.tiny_llava import make_talkative_llama
 from transformers import LlamaForCausalLM
 
 from flashvlm_export.errors import LLMError, SessionError
@@ -24,13 +24,7 @@ WIDTH, NEW_TOKENS = 64, 24
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(make_config(llm_width=WIDTH).text_config).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1:  # large enough that greedy answers vary
-                parameter.normal_(0, 1.2 / (1 if "embed_tokens" in name else parameter.shape[1]) ** 0.5)
-    return made
+    return make_talkative_llama(WIDTH)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch", reason="the engine runs in it")
 
-from helpers.tiny_llava import make_config
+from helpers.tiny_llava import make_talkative_llama
 from transformers import LlamaForCausalLM
 
 from flashvlm_export.errors import LLMError, SessionError
@@ -21,13 +23,7 @@ WIDTH, NEW_TOKENS = 64, 24
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(make_config(llm_width=WIDTH).text_config).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1:  # large enough that greedy answers vary
-                parameter.normal_(0, 1.2 / (1 if "embed_tokens" in name else parameter.shape[1]) ** 0.5)
-    return made
+    return make_talkative_llama(WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +83,18 @@ def test_sampling_half_precision_and_the_end_of_the_context(checkpoint: Path, mo
             engine.generate(rows, SamplingParams(max_new_tokens=995), stop_token_ids=())
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(SessionError, match="nothing"):
         TransformersLLM(tmp_path / "nothing").open()
+    cut = shutil.copytree(checkpoint, tmp_path / "cut")
+    weights = load_file(cut / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SessionError, match=r"1 weights are missing, model\.layers\.0\.mlp\.up_proj\.weight for one"):
+        TransformersLLM(cut).open()
+    (cut / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-999])
+    with pytest.raises(SessionError, match="cannot load"):
+        TransformersLLM(cut).open()
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(SessionError, match=r"config\.json and weights"):
+    with pytest.raises(SessionError, match=r"config\.json and all weights"):
         TransformersLLM(tmp_path).open()

@@ -13,26 +13,21 @@ import pytest
 torch = pytest.importorskip("torch", reason="the server of these tests runs in it")
 
 from helpers.completions_server import Served, serve
-from helpers.tiny_llava import make_config
+from helpers.tiny_llava import make_talkative_llama
 from transformers import LlamaForCausalLM
 
-from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.errors import LLMError, UsageError
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.llm.torch_file import torch_bytes
 from flashvlm_export.runtime.llm.vllm import VllmLLM
 
 WIDTH = 64
+_SENT = ("temperature", "top_k", "top_p", "seed", "stop_token_ids", "ignore_eos", "repetition_penalty")
 
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    made = LlamaForCausalLM(make_config(llm_width=WIDTH).text_config).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.ndim > 1:  # large enough that greedy answers vary
-                parameter.normal_(0, 1.2 / (1 if "embed_tokens" in name else parameter.shape[1]) ** 0.5)
-    return made
+    return make_talkative_llama(WIDTH)
 
 
 @pytest.fixture
@@ -79,14 +74,16 @@ def test_answers_and_settings(served: Served, monkeypatch: pytest.MonkeyPatch) -
         assert llm.last_run is not None
         assert llm.last_run.finish_reason == "stop"
         params = SamplingParams(max_new_tokens=3, temperature=0.5, top_k=7, top_p=0.9, seed=4)
-        assert len(list(llm.generate(prompt(), params, stop_token_ids=(5, 2)))) <= 3
+        list(llm.generate(prompt(), params, stop_token_ids=(5, 2)))
         sent = served.requests[-1]
-        assert {name: sent[name] for name in ("temperature", "top_k", "top_p", "seed", "stop_token_ids")} == {
+        assert {name: sent[name] for name in _SENT} == {
             "temperature": 0.5,
             "top_k": 7,
             "top_p": 0.9,
             "seed": 4,
             "stop_token_ids": [2, 5],
+            "ignore_eos": True,
+            "repetition_penalty": 1.0,
         }
         assert (sent["model"], sent["authorization"]) == ("tiny", "Bearer secret")
         with pytest.raises(LLMError, match="at most 64 together"):
@@ -104,15 +101,19 @@ def test_a_server_that_is_busy_is_asked_again(served: Served, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"),
+    ("fault", "message", "tokens_before"),
     [
-        ("break", "closed before the end"),
-        ("error event", "the engine died"),
-        ("drop", "broke off"),
-        ("flag", "--enable-prompt-embeds"),
+        ("break", "broke off the answer", 3),
+        ("error event", "the engine died", 3),
+        ("text alone", r"(?s)answers in text alone.*return_token_ids", 0),
+        ("drop", "broke off the answer", 0),
+        ("flag", "--enable-prompt-embeds", 0),
+        ("key", "VLLM_API_KEY", 0),
     ],
 )
-def test_answers_that_break_off_are_not_asked_again(served: Served, fault: str, message: str) -> None:
+def test_answers_that_break_off_are_not_asked_again(
+    served: Served, fault: str, message: str, tokens_before: int
+) -> None:
     with engine(served) as llm:
         served.requests.clear()
         served.faults = [fault]
@@ -121,7 +122,7 @@ def test_answers_that_break_off_are_not_asked_again(served: Served, fault: str, 
         with pytest.raises(LLMError, match=message):
             tokens.extend(stream)
         assert len(served.requests) == 1
-        assert tokens == (expected(served, prompt())[:3] if fault in ("break", "error event") else [])
+        assert tokens == expected(served, prompt())[:tokens_before]
         assert answer(llm, prompt()) == expected(served, prompt()), "the next answer"
 
 
@@ -146,15 +147,24 @@ def test_no_server_another_server_and_no_flag(served: Served, monkeypatch: pytes
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nobody = VllmLLM(f"http://127.0.0.1:{unused.getsockname()[1]}/v1", lambda ids: prompt(len(ids)), 320)
-        with pytest.raises(SessionError, match=r"(?s)refused.*vllm serve MODEL --enable-prompt-embeds"):
+        with pytest.raises(LLMError, match=r"(?s)cannot be reached.*vllm serve MODEL --enable-prompt-embeds"):
             nobody.open()
     elsewhere = engine(served)
     elsewhere.url = elsewhere.url.removesuffix("/v1")
-    with pytest.raises(SessionError, match="404"):
+    with pytest.raises(LLMError, match=r"(?s)404.*give the address"):
         elsewhere.open()
     served.faults = ["", "flag"]
     with pytest.raises(LLMError, match=r"(?s)400.*what to do: vllm serve"):
         engine(served).open()
+    served.faults = ["no logprobs"]
+    with pytest.raises(LLMError, match="broke off"):
+        engine(served).open()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "http://", "http://localhost:port/v1", "ftp://localhost/v1", ""])
+def test_what_is_no_address(url: str) -> None:
+    with pytest.raises(UsageError, match="not the address of a server"):
+        VllmLLM(url, lambda ids: prompt(len(ids)), 320)
 
 
 def test_a_server_with_another_model_is_refused(served: Served) -> None:
