@@ -97,9 +97,16 @@ def main() -> None:
     data = data if args.limit is None else data.sample(args.limit, args.seed)
     manifest = pipeline.bundle.manifest
     digest = bundle_sha256(pipeline.bundle, Precision(next(iter(manifest.graphs))))
-    backend = "transformers, pictures made smaller"
     settings = RunSettings(
-        manifest.source.model, digest, "fp32", backend, args.max_tokens, "none", args.positions, "downsampling"
+        model=manifest.source.model,
+        bundle_sha256=digest,
+        precision="fp32",
+        backend="transformers, pictures made smaller",
+        max_new_tokens=args.max_tokens,
+        text_span="none",
+        positions=args.positions,
+        selector="downsampling",
+        weights_sha256=manifest.source.weights_sha256,
     )
     progress = Progress.on_stderr()
     keys = question_keys(data.questions, progress)

@@ -95,17 +95,18 @@ class VllmLLM(LLMEngine):
         ids = np.linspace(1, self.vocab_size - 1, 6).astype(np.int64)
         said = []
         for prompt in ({"prompt": ids.tolist()}, self._prompt(self.embed(ids))):
-            request = prompt | {"model": self._model, "max_tokens": 1, "temperature": 0, "logprobs": 1}
+            settings = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+            request = prompt | settings | {"model": self._model}
             try:
                 choice = self._ask("POST", "/completions", request)["choices"][0]
-                said.append((choice["text"], float(choice["logprobs"]["token_logprobs"][0])))
+                said.append((choice["token_ids"], float(choice["logprobs"]["token_logprobs"][0])))
             except (ValueError, LookupError, TypeError) as error:
                 raise self._broke_off(repr(error)) from error
         # Half precision moves a log-probability by some hundredths; other embeddings move it by whole numbers.
         if said[0][0] != said[1][0] or abs(said[0][1] - said[1][1]) > 0.2:
             raise LLMError(
                 "the language model is not the one that the bundle was exported with",
-                received=f"{self._model} answers {said[0]} to token ids, and {said[1]} to their embeddings",
+                received=f"{self._model} says {said[0]} to token ids, {said[1]} to their embeddings",
                 expected="the same to both",
                 hint=f"serve the language model of the bundle's checkpoint: {_START}",
             )

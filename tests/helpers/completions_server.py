@@ -84,7 +84,7 @@ def serve(model: Any) -> Iterator[Served]:
             if not body.get("stream"):
                 token, logprob = next(answer)
                 logprobs = None if fault == "no logprobs" else {"token_logprobs": [logprob]}
-                return self.reply(200, {"choices": [{"text": str(token), "logprobs": logprobs}]})
+                return self.reply(200, {"choices": [{"text": "?", "token_ids": [token], "logprobs": logprobs}]})
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()

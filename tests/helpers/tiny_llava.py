@@ -88,6 +88,7 @@ def make_config(
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=32,  # the smallest that vLLM runs on a CPU
             vocab_size=vocab_size,
             max_position_embeddings=1024,
             bos_token_id=1,

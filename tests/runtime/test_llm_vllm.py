@@ -168,5 +168,5 @@ def test_what_is_no_address(url: str) -> None:
 
 
 def test_a_server_with_another_model_is_refused(served: Served) -> None:
-    with pytest.raises(LLMError, match=r"(?s)not the one that the bundle.*tiny answers"):
+    with pytest.raises(LLMError, match=r"(?s)not the one that the bundle.*tiny says"):
         engine(served, scale=-1.0).open()
