@@ -20,7 +20,7 @@ from flashvlm_export.cli.backend import (
     selectors_from,
 )
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.errors import ConfigError, DependencyError, JournalError
+from flashvlm_export.errors import ConfigError, DependencyError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.progress import Progress
 
@@ -245,31 +245,18 @@ def _compare(
     results: dict[str, Results],
 ) -> tuple[Comparison, bool]:
     """Write the selectors side by side: those of this run, and whatever else lies beside them and answers the same."""
-    from flashvlm_export.evaluation.compare import COMPARISON, SCHEMA_VERSION, Comparison, compare
-    from flashvlm_export.evaluation.journal import JOURNAL, read_answers
+    from flashvlm_export.evaluation.compare import COMPARISON, SCHEMA_VERSION, Comparison, compare, neighbours
     from flashvlm_export.evaluation.plot import SELECTORS_PLOT, draw_selectors
     from flashvlm_export.records import encode_record
 
     answers = {journal.path.parent.name: journal.answers for journal in journals.values()}
     settings = {journal.path.parent.name: journal.settings for journal in journals.values()}
     first = next(iter(results.values()))
-    for folder in sorted(path.parent for path in args.output.glob(f"*/{JOURNAL}")):
-        if folder.name in answers:
-            continue
-        try:
-            theirs, found = read_answers(folder)
-        except JournalError as error:
-            print(f"NOTE: {folder} is not compared: {error.what}", file=sys.stderr)
-            continue
-        same = ("weights_sha256", "max_new_tokens")
-        differing = [name for name in same if getattr(theirs, name) != getattr(first.settings, name)]
-        reason = f"another {differing[0]}" if differing else None
-        if not all((key, budget) in found for key in keys for budget in budgets):
-            reason = "answers are missing"
-        if reason is not None:
-            print(f"NOTE: {folder} is not compared: {reason}", file=sys.stderr)
-            continue
-        answers[folder.name], settings[folder.name] = found, theirs
+    others, notes = neighbours(args.output, list(answers), first.settings, keys, budgets)
+    for note in notes:
+        print(f"NOTE: {note}", file=sys.stderr)
+    for name, (theirs, found) in others.items():
+        answers[name], settings[name] = found, theirs
     comparison = Comparison(
         SCHEMA_VERSION,
         first.settings.model,

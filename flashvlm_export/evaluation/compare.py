@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from flashvlm_export.errors import JournalError
 from flashvlm_export.evaluation.dataset import Question
-from flashvlm_export.evaluation.journal import AnswerLine, RunSettings
+from flashvlm_export.evaluation.journal import JOURNAL, AnswerLine, RunSettings, read_answers
 from flashvlm_export.evaluation.results import (
     Column,
     DataSetEntry,
@@ -120,6 +122,43 @@ def compare(
         )
         for (name, budget), number in place.items()
     ]
+
+
+def neighbours(
+    output: Path, own: Collection[str], settings: RunSettings, keys: Sequence[str], budgets: Sequence[int]
+) -> tuple[dict[str, tuple[RunSettings, dict[tuple[str, int], AnswerLine]]], list[str]]:
+    """Return what lies beside a run's own directories in ``output`` and can be compared with it, by directory name.
+
+    Args:
+        output: of the run.
+        own: names of its directories.
+        settings: of one of them: the same weights and length of answers are what makes others comparable.
+        keys: hashes of the questions that have to be answered.
+        budgets: at these.
+
+    Returns:
+        Settings and answers by directory name, and a line on each directory that is left out.
+    """
+    found: dict[str, tuple[RunSettings, dict[tuple[str, int], AnswerLine]]] = {}
+    notes = []
+    for folder in sorted(path.parent for path in output.glob(f"*/{JOURNAL}")):
+        if folder.name in own:
+            continue
+        try:
+            theirs, answers = read_answers(folder)
+        except JournalError as error:
+            notes.append(f"{folder} is not compared: {error.what}")
+            continue
+        differing = [
+            name for name in ("weights_sha256", "max_new_tokens") if getattr(theirs, name) != getattr(settings, name)
+        ]
+        if differing:
+            notes.append(f"{folder} is not compared: another {differing[0]}")
+        elif not all((key, budget) in answers for key in keys for budget in budgets):
+            notes.append(f"{folder} is not compared: answers are missing")
+        else:
+            found[folder.name] = theirs, answers
+    return found, notes
 
 
 def comparison_table(comparison: Comparison) -> list[str]:
