@@ -20,7 +20,7 @@ from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEng
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
-_ALL_F32, _TYPE_F32, _TYPE_F16 = 0, 0, 1  # llama_ftype and ggml_type
+_ALL_F32, _TYPE_F32, _FLASH_OFF = 0, 0, 0  # llama_ftype, ggml_type, llama_flash_attn_type
 _ERROR = 4  # ggml_log_level
 
 # llama.cpp has one listener for the whole process, and says which model it speaks of to nobody.
@@ -50,7 +50,8 @@ class LlamaCppLLM(LLMEngine):
         file: GGUF of a text model.
         embed: embedding rows of generated tokens, by which the next prompt is compared.
         context: positions of prompt and answer together, for which the KV cache is allocated when the model is opened;
-            at most what the model was trained with. The cache is float32 for a file in F32, and otherwise float16.
+            at most what the model was trained with. A file in F32 runs in float32
+            throughout; otherwise the cache is float16.
         gpu: put all layers on the GPU; llama.cpp has to be built for it.
         threads: threads; ``None`` leaves it to llama.cpp.
     """
@@ -107,8 +108,10 @@ class LlamaCppLLM(LLMEngine):
         positions = min(self.context, lib.llama_model_n_ctx_train(self._model))
         settings = lib.llama_context_default_params()
         settings.n_ctx = settings.n_batch = positions
-        cache_type = _TYPE_F32 if lib.llama_model_ftype(self._model) == _ALL_F32 else _TYPE_F16
-        settings.type_k = settings.type_v = cache_type
+        if lib.llama_model_ftype(self._model) == _ALL_F32:
+            # Flash attention rounds to float16 inside, which shows in the fourth digit of a logit.
+            settings.type_k = settings.type_v = _TYPE_F32
+            settings.flash_attn_type = _FLASH_OFF
         if self.threads is not None:
             settings.n_threads = settings.n_threads_batch = self.threads
         self._context = lib.llama_init_from_model(self._model, settings)
