@@ -57,7 +57,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         "--provider",
         choices=sorted(PROVIDERS),
         default="cpu",
-        help="ONNX Runtime execution provider; tensorrt is for the visual graph, the decoder then runs on cuda",
+        help="where ONNX Runtime runs, and with --llm the language model, also behind --engine; tensorrt is for the "
+        "visual graph, the language model then runs on cuda",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="threads of one operator (default: one per core)")
 
