@@ -77,12 +77,12 @@ build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	  --split divprune,cdpruner
 
 # llama.cpp is compiled, some minutes on two cores, for this machine and without its tools.
-llamacpp-lane: $(VENV)/installed
+llamacpp-lane: $(VENV)/installed ## llama.cpp, compiled into .venv, and the tests that need it
 	CMAKE_ARGS="-DLLAMA_BUILD_TOOLS=OFF -DLLAVA_BUILD=OFF" \
 	  $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[llamacpp]'
 	$(BIN)/python -m pytest tests/runtime/test_llm_llamacpp.py tests/integration/test_same_answer.py -k llamacpp
 
-vllm-lane: build/lane/bundle/manifest.json
+vllm-lane: build/lane/bundle/manifest.json ## a vLLM server on loopback, in .venv-vllm, and the tests that ask it
 	tests/vllm_lane.sh "$(abspath $(BIN))/python" build/lane
 
 # In an environment of its own: onnxruntime and onnxruntime-gpu overwrite each other.

@@ -49,7 +49,7 @@ def main() -> None:
     with Pipeline.open(bundle) as vlm:
         vlm.ask(PICTURE, next(iter(QUESTIONS)), budget=args.budget, params=params)  # warm-up
         everything = vlm.visual_tokens
-        print(f"\n{PICTURE}\n\n{'':44}{args.budget} of {everything} tokens   all tokens")
+        print(f"\n{PICTURE}, --positions {args.positions}\n\n{'':44}{args.budget} of {everything} tokens   all tokens")
         answers, sheets = [], []
         for question, right in QUESTIONS.items():
             request = Request([PICTURE], question)
@@ -66,7 +66,7 @@ def main() -> None:
             sheets.append(draw_selection(vlm.view(PICTURE), prompt.indices[0], prompt.scores[0], grid, caption))
         save_picture(stack(sheets), args.heatmap)
 
-        pruned, unpruned = answers[0]
+        pruned, unpruned = answers[-1]
         print(f"\n{'Stage':18}{args.budget} tokens     all tokens")
         for stage, ms in pruned.stage_ms.items():
             print(f"  {stage:12} {ms:10.1f} ms {unpruned.stage_ms[stage]:10.1f} ms")

@@ -8,6 +8,7 @@ from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Answer, Exchange, Pipeline, Request
 from flashvlm_export.runtime.prompt import Positions, TextSpan
+from flashvlm_export.specs import check_budget
 
 
 class Chat:
@@ -23,6 +24,9 @@ class Chat:
         text_span: see :meth:`Pipeline.encode`; of ``prompt`` all that was said takes part.
         positions: see :meth:`Pipeline.encode`.
         selector: see :meth:`Pipeline.encode`.
+
+    Raises:
+        BudgetError: if ``budget`` is out of range.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Chat:
     ) -> None:
         self.vlm = vlm
         self.reselect = reselect
-        self.budget = budget
+        self.budget = None if budget is None else check_budget(budget, vlm.visual_tokens)
         self.system = system
         self.text_span: TextSpan = text_span
         self.positions: Positions = positions

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import UsageError
+from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision
 
 if TYPE_CHECKING:
@@ -81,7 +82,10 @@ def selectors_from(args: argparse.Namespace, bundle: Bundle) -> list[str] | None
     if args.selector == "all":
         precision = Precision(args.precision or next(iter(bundle.manifest.graphs)))
         return list(bundle.split_graphs(precision).selectors)
-    return list(dict.fromkeys(name.strip() for name in args.selector.split(",")))
+    names = list(dict.fromkeys(name.strip() for name in args.selector.split(",")))
+    for name in names:
+        get_selector(name)  # one that nobody knows is no matter of the bundle
+    return names
 
 
 def selector_from(args: argparse.Namespace, bundle: Bundle) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument,
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
 from flashvlm_export.errors import ImageError, LLMError, PromptError, UsageError
-
-_IMAGE = "/image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,22 +62,20 @@ def run(args: argparse.Namespace) -> None:
             positions=args.positions,
             selector=selector,
         )
-        failed = 0
-        images: list[str] = list(args.image)
-        for text in args.prompt if args.prompt is not None else map(str.strip, sys.stdin):
+        images = [_picture(path) for path in args.image]
+        by_hand = args.prompt is None and sys.stdin.isatty()
+        for text in args.prompt or _lines(by_hand):
             try:
-                if args.prompt is None and text.partition(" ")[0] == _IMAGE:
-                    images.append(_picture(text.removeprefix(_IMAGE).strip()))
+                if args.prompt is None and text.startswith("/"):
+                    images.append(_picture(_path_of(text)))
                     continue
-                if not text:
-                    continue
-                say(f"> {text}")
+                if not by_hand:
+                    say(f"> {text}")
                 answer = chat.ask(text, images, params=params, on_text=lambda piece: say(piece, end=""))
             except (ImageError, LLMError, PromptError, UsageError) as error:
-                if args.prompt is not None:
+                if not by_hand:
                     raise
                 print(error, file=sys.stderr)  # the conversation stands: the next line may do better
-                failed += 1
                 continue
             stats = answer.stats
             say()
@@ -102,8 +99,28 @@ def run(args: argparse.Namespace) -> None:
             images = []
     if args.json:
         print_json({"bundle": str(args.bundle), "answers": results})
-    if failed:
-        raise UsageError("not every line was answered", received=f"{failed} that could not be", expected="see above")
+
+
+def _lines(by_hand: bool) -> Iterator[str]:
+    """Yield what is typed or piped in, without empty lines; a person is told what to type, and asked for each."""
+    if by_hand:
+        print("a question, /image FILE for another picture, or Ctrl-D to end", file=sys.stderr)
+    while True:
+        if by_hand:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _path_of(command: str) -> str:
+    """Return FILE of ``/image FILE``; raise :class:`UsageError` for anything else that begins with a slash."""
+    word, _, path = command.partition(" ")
+    if word != "/image" or not path.strip():
+        raise UsageError("there is no such command", received=repr(command), expected="/image FILE, or a question")
+    return path.strip()
 
 
 def _picture(path: str) -> str:

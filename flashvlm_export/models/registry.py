@@ -64,7 +64,7 @@ _TINY = ModelEntry(
     repo="./benchmarks/tiny/checkpoint",
     family="llava",
     visual_tokens=576,
-    parameters=0.005,
+    parameters=0.0048,
     config={
         "model_type": "llava",
         "image_token_index": 4,

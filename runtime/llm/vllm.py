@@ -22,7 +22,7 @@ from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEng
 from flashvlm_export.runtime.llm.torch_file import torch_bytes
 from flashvlm_export.specs import Array
 
-_START = "vllm serve MODEL --enable-prompt-embeds"
+_START = "vllm serve TEXT --enable-prompt-embeds, TEXT being the language model alone (docs/llm-engines.md)"
 _TRIES = 3
 _BUSY = (http.client.TOO_MANY_REQUESTS, http.client.SERVICE_UNAVAILABLE)
 _HINTS: dict[int, str] = {

@@ -115,14 +115,10 @@ def test_the_command(
     prompts = ["--prompt", "What is it?", "--prompt", "And now?"]
     assert main([*command, *image, *prompts]) == 0
     by_option = json.loads(capsys.readouterr().out)["answers"]
-    bad, good = tmp_path / "nothing.png", tmp_path / "1.png"
-    lines = f"What is it?\n\n/image {bad}\nAnd now?\n/image {good}\nAnd that?\n"
+    lines = f"What is it?\n\nAnd now?\n/image {tmp_path / '1.png'}\nAnd that?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    assert main([*command, *image]) == 2
-    captured = capsys.readouterr()
-    assert "1 that could not be" in captured.err
-    by_line = json.loads(captured.out)["answers"]
-    assert "there is no image file" in captured.err
+    assert main([*command, *image]) == 0
+    by_line = json.loads(capsys.readouterr().out)["answers"]
     for row, other in zip(by_line, by_option, strict=False):
         assert all(row[name] == other[name] for name in ("prompt", "answer", "kept_indices", "reused_tokens"))
     assert by_option[0]["reused_tokens"] == 0 < by_option[1]["reused_tokens"]
@@ -132,8 +128,48 @@ def test_the_command(
     anew = json.loads(capsys.readouterr().out)["answers"]
     assert "visual" in anew[1]["stage_ms"]
     assert "visual" not in by_option[1]["stage_ms"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("Is it?\n/image\n"))
-    assert main([*command, *image, "--budget", "99"]) == 2, "what no line can mend"
-    assert "99" in capsys.readouterr().err
     assert main([*command, "--prompt", "What is it?"]) == 2
     assert "without images" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Lines that somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("/image nothing.png", "there is no image file"), ("/image", "no such command"), ("/quit", "/image FILE, or a")],
+)
+def test_a_line_that_fails_ends_a_script_and_not_a_person(
+    line: str,
+    message: str,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Image.fromarray(picture(0)).save(tmp_path / "0.png")
+    command = ["chat", str(tiny_bundle), "--image", str(tmp_path / "0.png"), "--max-tokens", "3", "--json"]
+    lines = f"What is it?\n{line}\nAnd now?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    assert main(command) != 0
+    assert message in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", Terminal(lines))
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Ctrl-D" in captured.err
+    assert [row["prompt"] for row in json.loads(captured.out)["answers"]] == ["What is it?", "And now?"]
+    monkeypatch.setattr("sys.stdin", Terminal(lines))
+    assert main([*command, "--budget", "99"]) == 2, "what no line can mend"
+    assert "99" in capsys.readouterr().err
+
+
+def test_pictures_are_looked_at_before_anything_is_asked(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", str(tiny_bundle), "--image", "nothing.png", "--prompt", "What is it?"]) == 1
+    captured = capsys.readouterr()
+    assert "there is no image file" in captured.err
+    assert "What is it?" not in captured.out

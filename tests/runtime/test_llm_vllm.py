@@ -147,7 +147,7 @@ def test_no_server_another_server_and_no_flag(served: Served, monkeypatch: pytes
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         nobody = VllmLLM(f"http://127.0.0.1:{unused.getsockname()[1]}/v1", lambda ids: prompt(len(ids)), 320)
-        with pytest.raises(LLMError, match=r"(?s)cannot be reached.*vllm serve MODEL --enable-prompt-embeds"):
+        with pytest.raises(LLMError, match=r"(?s)cannot be reached.*vllm serve TEXT --enable-prompt-embeds"):
             nobody.open()
     elsewhere = engine(served)
     elsewhere.url = elsewhere.url.removesuffix("/v1")
