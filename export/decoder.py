@@ -289,7 +289,13 @@ def _run_builder(checkpoint: Path, built: Path, precision: str) -> None:
         *("--execution_provider", _EXECUTION_PROVIDER[precision], "--cache_dir", checkpoint.parent / "cache"),
         *("--extra_options", *_BUILDER_OPTIONS),
         cwd=checkpoint.parent,
-        env={"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        env={
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            # No repository: it writes the commit of the one that it is installed in into the model.
+            "GIT_DIR": str(checkpoint),
+        },
     )
     if done.returncode == 0 and (built / MODEL).is_file():
         return

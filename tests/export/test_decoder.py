@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import onnxruntime
+import onnxruntime_genai
 import pytest
 import torch
 from helpers.tiny_llava import make_config
@@ -115,6 +117,10 @@ def test_logits_equal_transformers(
     ]
     captured = capfd.readouterr()
     assert captured.out == ""  # `--json` prints there
+    # The builder's own commit, and not that of the repository that the environment lies in: the same weights give the
+    # same file everywhere.
+    commit = onnx.load(tmp_path / entry.file, load_external_data=False).producer_version.partition("+")[2]
+    assert commit in ("", (onnxruntime_genai.__commit__ or "")[:7])
     assert (entry.file, entry.precision) == ("llm/model.onnx", "fp32")
     assert (entry.num_layers, entry.num_kv_heads) == (2, 2)
     assert entry.max_positions == (40 if isinstance(config, MistralConfig) else 256)
