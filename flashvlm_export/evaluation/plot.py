@@ -12,18 +12,18 @@ from flashvlm_export.evaluation.results import Estimate, Results
 from flashvlm_export.files import atomic_write
 
 PLOT = "accuracy.svg"
-
-
 SELECTORS_PLOT = "selectors.svg"
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of a picture: its label, and its estimates by budget."""
+    """One line of a picture: its label, its estimates by budget, and what it looks like."""
 
     label: str
     points: Mapping[int, Estimate]
     heavy: bool = False
+    colour: str | None = None
+    dashed: bool = False
 
 
 def draw_accuracy(results: Results, path: Path) -> None:
@@ -38,7 +38,7 @@ def draw_accuracy(results: Results, path: Path) -> None:
     ]
     if len(lines) > 1:
         lines.append(
-            _Line("all kinds (mean)", {row.budget: row.figures["mean"] for row in results.overall}, heavy=True)
+            _Line("all kinds (mean)", {row.budget: row.figures["mean"] for row in results.overall}, True, "black")
         )
     settings = results.settings
     title = _title(settings.model, settings.precision, results.dataset.questions)
@@ -48,13 +48,27 @@ def draw_accuracy(results: Results, path: Path) -> None:
 def draw_selectors(comparison: Comparison, path: Path) -> None:
     """Draw each selector's score relative to no pruning, or its mean score where that was not run.
 
+    One selector has one colour; where kept tokens are numbered otherwise than in the first row, its line is dashed.
+
     Raises:
         DependencyError: if matplotlib is not installed.
     """
     points: dict[str, dict[int, Estimate]] = {}
     for row in comparison.selectors:
         points.setdefault(row.selector, {})[row.budget] = row.relative or row.mean
-    lines = [_Line(name, rows, heavy=number == 0) for number, (name, rows) in enumerate(points.items())]
+    settings = comparison.settings
+    first = next(iter(settings.values()))
+    colours = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(s.selector for s in settings.values()))}
+    lines = [
+        _Line(
+            name,
+            rows,
+            heavy=settings[name].selector == first.selector,
+            colour="black" if settings[name].selector == first.selector else colours[settings[name].selector],
+            dashed=settings[name].positions != first.positions,
+        )
+        for name, rows in points.items()
+    ]
     label = "mean score" if comparison.selectors[0].relative is None else "score relative to no pruning"
     title = _title(comparison.model, comparison.precision, comparison.dataset.questions)
     _draw(lines, path, title, label, comparison.visual_tokens)
@@ -86,7 +100,8 @@ def _draw(lines: Sequence[_Line], path: Path, title: str, label: str, visual_tok
                 label=line.label,
                 marker="o",
                 capsize=3,
-                color="black" if line.heavy else None,
+                color=line.colour,
+                linestyle="--" if line.dashed else "-",
                 linewidth=2.5 if line.heavy else 1.5,
             )
         ticks = sorted({budget for line in lines for budget in line.points})

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
     assert all(
         word in text for word in ("flashvlm", "random", "score relative to no pruning", "tiny, fp32, 8 questions")
     )
+
+
+def test_other_positions_are_dashed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the picture")
+    rights = {name: {576: [True] * 8, 64: [True, False] * 4} for name in ("flashvlm-original", "flashvlm")}
+    found = comparison(rights)
+    dashes = []
+    for positions in ("contiguous", "original"):
+        settings = {"flashvlm-original": replace(SETTINGS, positions=positions), "flashvlm": SETTINGS}
+        draw_selectors(replace(found, settings=settings), tmp_path / "selectors.svg")
+        dashes.append((tmp_path / "selectors.svg").read_text(encoding="utf-8").count("stroke-dasharray"))
+    assert dashes[1] > dashes[0]
 
 
 def test_the_unpruned_answer_is_asked_once_for_all_selectors(
