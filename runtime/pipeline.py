@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -337,7 +337,7 @@ class Pipeline:
         Raises:
             LLMError: if the prompt and the answer together are too long for the model.
         """
-        with closing(self._generate(prompt, params)) as pieces:
+        with closing(self.generate(prompt.inputs_embeds, prompt.positions, params)) as pieces:
             for _, piece in pieces:
                 if piece:
                     yield piece
@@ -351,13 +351,13 @@ class Pipeline:
     ) -> Answer:
         """Return the whole answer to a pruned prompt; ``on_text`` hears each piece of text as it comes."""
         pairs = []
-        with closing(self._generate(prompt, params)) as pieces:
+        with closing(self.generate(prompt.inputs_embeds, prompt.positions, params)) as pieces:
             for token, piece in pieces:
                 pairs.append((token, piece))
                 if piece:
                     on_text(piece)
         stats = self._require_llm().last_run
-        assert stats is not None  # _generate ran to its end
+        assert stats is not None  # the stream ran to its end
         return Answer(
             text="".join(piece for _, piece in pairs),
             token_ids=[token for token, _ in pairs if token is not None],
@@ -392,19 +392,33 @@ class Pipeline:
         finally:
             llm.reuse_prefix = False
 
-    def _generate(
-        self, prompt: PrunedPrompt, params: SamplingParams | None
+    def generate(
+        self,
+        inputs_embeds: Array,
+        positions: Array,
+        params: SamplingParams | None = None,
+        *,
+        stop_token_ids: Collection[int] | None = None,
     ) -> Generator[tuple[int | None, str], None, None]:
-        """Yield ``(token id, text that it completes)``, and at last ``(None, what was held back)``."""
-        llm = self._require_llm()
+        """Yield ``(token id, text that it completes)`` of an answer, and at last ``(None, what was held back)``.
+
+        For rows of whatever origin; of the pipeline, only the language model has to be open.
+
+        Args:
+            inputs_embeds: floating point ``[S, D]``.
+            positions: int64 ``[S]``.
+            params: how to choose tokens; greedy without.
+            stop_token_ids: ids that end the answer; ``None`` for the bundle's.
+
+        Raises:
+            LLMError: as :meth:`LLMEngine.generate` does.
+        """
         settings = self.bundle.manifest.prompt
         assert settings is not None  # the constructor refuses such bundles
+        stop = settings.eos_token_ids if stop_token_ids is None else stop_token_ids
         detokenizer = self.prompts.detokenizer()
-        tokens = llm.generate(
-            prompt.inputs_embeds,
-            params or SamplingParams(),
-            stop_token_ids=settings.eos_token_ids,
-            positions=prompt.positions,
+        tokens = self._require_llm().generate(
+            inputs_embeds, params or SamplingParams(), stop_token_ids=stop, positions=positions
         )
         with closing(tokens):
             for token in tokens:

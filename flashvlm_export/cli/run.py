@@ -160,20 +160,19 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     require_same_weights(file.record, bundle)
     pipeline = pipeline_from(args, bundle)
     say = talk(args.json)
-    words, ids, pieces = pipeline.prompts.detokenizer(), [], []
+    ids, pieces = [], []
     assert pipeline.llm is not None  # a bundle without one is refused
     if file.has_gaps:
         pipeline.llm.require_gaps()
     with pipeline.llm as llm:
         require_same_model(llm, pipeline.embeddings, bundle.manifest.source.model)
         stop = file.record.stop_token_ids
-        with closing(llm.generate(file.inputs_embeds, params, stop_token_ids=stop, positions=file.positions)) as tokens:
-            for token in tokens:
-                ids.append(token)
-                pieces.append(words.feed(token))
-                say(pieces[-1], end="")
-        pieces.append(words.flush())
-        say(pieces[-1])
+        with closing(pipeline.generate(file.inputs_embeds, file.positions, params, stop_token_ids=stop)) as answer:
+            for token, piece in answer:
+                ids += [] if token is None else [token]
+                pieces.append(piece)
+                say(piece, end="")
+        say()
     stats = llm.last_run
     assert stats is not None  # the stream was read to its end
     say(f"  {stats.prompt_tokens} positions; prefill {stats.prefill_ms:.0f} ms, decode {stats.decode_ms:.0f} ms")
