@@ -50,8 +50,8 @@ class LlamaCppLLM(LLMEngine):
         file: GGUF of a text model.
         embed: embedding rows of generated tokens, by which the next prompt is compared.
         context: positions of prompt and answer together, for which the KV cache is allocated when the model is opened;
-            at most what the model was trained with. A file in F32 runs in float32
-            throughout; otherwise the cache is float16.
+            at most what the model was trained with. A file in F32 runs in float32 throughout; otherwise the cache is
+            float16.
         gpu: put all layers on the GPU; llama.cpp has to be built for it.
         threads: threads; ``None`` leaves it to llama.cpp.
     """
@@ -83,8 +83,7 @@ class LlamaCppLLM(LLMEngine):
             raise DependencyError(
                 "the engine 'llamacpp' cannot be loaded", received=str(error), hint=install_hint("llamacpp")
             ) from error
-        if not self.file.is_file():
-            raise SessionError("there is no GGUF file at this path", received=str(self.file))
+        self._require_file()
         self._lib = lib = llama_cpp
         _listen(lib)
         try:
@@ -127,9 +126,16 @@ class LlamaCppLLM(LLMEngine):
             self._lib.llama_model_free(self._model)
         self._context = self._model = None
 
+    def _require_file(self) -> None:
+        if not self.file.is_file():
+            raise SessionError(
+                "there is no GGUF file at this path", received=str(self.file), expected="a GGUF file of a text model"
+            )
+
     @property
     def identity(self) -> str:
-        """The engine and a hash of the file."""
+        """The engine and a hash of the file; raises :class:`SessionError` if there is none."""
+        self._require_file()
         return f"{self.name} {sha256_of(self.file)[:16]}"
 
     def embedding_rows(self, token_ids: Array) -> Array | None:

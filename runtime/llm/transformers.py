@@ -18,6 +18,8 @@ from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, Sa
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
+_EXPECTED = "a directory with config.json and all weights, and memory for them in float32"
+
 
 class TransformersLLM(LLMEngine):
     """Runs the language model of a checkpoint in float32, whatever it is stored in.
@@ -51,9 +53,7 @@ class TransformersLLM(LLMEngine):
                 "the engine 'transformers' is not installed", received=str(error), hint=install_hint("export")
             ) from error
         logging.disable_progress_bar()
-        expected = "a directory with config.json and all weights, and memory for them in float32"
-        if not self.directory.is_dir():  # transformers would look for a name in its cache
-            raise SessionError("there is no checkpoint at this path", received=str(self.directory), expected=expected)
+        self._require_directory()
         try:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)
@@ -70,7 +70,7 @@ class TransformersLLM(LLMEngine):
             raise SessionError(
                 "transformers cannot load the language model",
                 received=f"{self.directory}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-                expected=expected,
+                expected=_EXPECTED,
             ) from error
         text = config.get_text_config()
         rows, width = self._model.get_input_embeddings().weight.shape
@@ -79,9 +79,14 @@ class TransformersLLM(LLMEngine):
     def _close(self) -> None:
         self._model = None
 
+    def _require_directory(self) -> None:
+        if not self.directory.is_dir():  # transformers would look for a name in its cache
+            raise SessionError("there is no checkpoint at this path", received=str(self.directory), expected=_EXPECTED)
+
     @property
     def identity(self) -> str:
-        """The engine and a hash over the files of weights."""
+        """The engine and a hash over the files of weights; raises :class:`SessionError` if there is no directory."""
+        self._require_directory()
         files = sorted(self.directory.glob("*.safetensors"))
         return f"{self.name} {hashlib.sha256(' '.join(map(sha256_of, files)).encode()).hexdigest()[:16]}"
 

@@ -63,3 +63,20 @@ def test_another_language_model_is_refused(tiny_bundle: Path, tmp_path: Path) ->
             pipeline.load()
         with pytest.raises(LLMError, match="not open"):
             _ = pipeline.llm.limits
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [("llamacpp:nothing.gguf", "there is no GGUF file"), ("transformers:nowhere", "there is no checkpoint")],
+)
+def test_an_evaluation_by_files_that_are_not_there(
+    wanted: str, message: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before a directory belongs to them."""
+    Image.new("RGB", (60, 80)).save(tmp_path / "a.png")
+    row = {"id": "a", "image": "a.png", "question": "What?", "answers": ["x"], "kind": "k", "metric": "exact"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["eval", str(tiny_bundle), "--data", str(tmp_path / "data.jsonl"), "--output", str(tmp_path / "out")]
+    assert main([*command, "--llm", wanted]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
