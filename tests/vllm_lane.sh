@@ -19,7 +19,9 @@ VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 "$venv/bin/python" -m vllm.entryp
   --model "$lane/text" --served-model-name text --host 127.0.0.1 --port "$port" \
   --enable-prompt-embeds --enforce-eager --dtype float32 > "$lane/vllm.log" 2>&1 &
 server=$!
+# It may have ended by itself, and ends with an error when it is told to: neither is the lane's result.
 trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
+# Refused connections are what is waited through; a server that has ended, or is not up by then, shows its log.
 for second in $(seq 300); do
   if "$python" -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port/v1/models')" 2>/dev/null; then
     break

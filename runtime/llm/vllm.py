@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -237,9 +237,7 @@ def _has_port(parts: SplitResult) -> bool:
 def _message(said: str | dict[str, Any]) -> str:
     """Return what a server says in OpenAI's error object, or all that it says, shortened."""
     text = str(said)
-    try:
+    with suppress(ValueError, AttributeError):  # no JSON, or no such object: then all of it is what the server says
         found = json.loads(said) if isinstance(said, str) else said
         text = str(found.get("error", found).get("message", text))
-    except (ValueError, AttributeError):
-        pass
     return text if len(text) <= 500 else text[:500] + " …"
