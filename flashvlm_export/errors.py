@@ -18,6 +18,7 @@
     ├── TargetError           the engine cannot be built on this machine
     ├── SessionError          a backend that is missing, or inputs it cannot take
     ├── LLMError              the language model cannot take this prompt
+    ├── QueueFullError        as many requests wait as may
     ├── ReportError           a check of a report that failed
     ├── WorkerError           a process that measures and ended, or raised what it should not
     ├── StorageError          not enough disk space, or a path that cannot be written
@@ -121,6 +122,10 @@ class SessionError(FlashVLMError):
 
 class LLMError(FlashVLMError):
     """The language model engine cannot take this prompt or these settings."""
+
+
+class QueueFullError(FlashVLMError):
+    """As many requests are waiting as may; nothing became of this one, which can be asked again later."""
 
 
 class ReportError(FlashVLMError):

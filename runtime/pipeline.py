@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,8 @@ from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt,
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.specs import Array, Precision, check_budget
+
+T = TypeVar("T")
 
 #: Room for encoded images: 45 of LLaVA-1.5-7B in float16, 22 in float32.
 CACHE_BYTES = 256 << 20
@@ -87,6 +89,33 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """How many visual tokens of each image are kept, which, and where they then stand.
+
+    Attributes:
+        budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for.
+        text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's ``question``
+            alone.
+        positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
+            prompt is shorter also for rotary embedding; ``original`` leaves every row where it stood, so that the
+            model still knows from where in the image a token comes.
+        selector: one of those that the pipeline was opened with; ``None`` for the first.
+
+    Raises:
+        ConfigError: if there are no such positions.
+    """
+
+    budget: int | None = None
+    text_span: TextSpan = "prompt"
+    positions: Positions = "contiguous"
+    selector: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ConfigError("unknown positions", received=repr(self.positions), expected="contiguous or original")
+
+
+@dataclass(frozen=True)
 class PrunedPrompt:
     """A prompt whose images are reduced to their kept visual tokens, ready for prefill.
 
@@ -136,7 +165,8 @@ class Answer:
 class Pipeline:
     """Answers questions about images with one visual session and one language model.
 
-    Not thread-safe: one pipeline per thread, sharing the bundle's memory-mapped files.
+    Not thread-safe: one pipeline per thread, sharing the bundle's memory-mapped files, or a :class:`Service
+    <flashvlm_export.runtime.service.Service>` for all of them.
 
     Args:
         bundle: an opened bundle with a tokenizer.
@@ -239,71 +269,85 @@ class Pipeline:
         positions: Positions = "contiguous",
         selector: str | None = None,
     ) -> list[PrunedPrompt]:
-        """Return one pruned prompt per request; all images go through the graph as one batch.
+        """Return one pruned prompt per request; all images go through the graph together.
 
         Args:
             requests: one or more; a request with several images is selected for each of them.
-            budget: visual tokens to keep per image, ``1..N``.
-            text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's
-                ``question`` alone.
-            positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
-                prompt is shorter also for rotary embedding; ``original`` leaves every row where it stood, so that the
-                model still knows from where in the image a token comes.
-            selector: one of those that the pipeline was opened with; ``None`` for the first.
+            budget, text_span, positions, selector: see :class:`Pruning`.
 
         Raises:
             BudgetError, ConfigError, ImageError, PromptError, SessionError: nothing was computed for any request.
         """
-        if not requests:
+        pruning = Pruning(budget, text_span, positions, selector)
+        return self.encode_each([(request, pruning) for request in requests])
+
+    def encode_each(self, asked: Sequence[tuple[Request, Pruning]]) -> list[PrunedPrompt]:
+        """As :meth:`encode`, with a pruning of its own for each request.
+
+        Images are loaded and encoded together. Selection runs once for each budget and selector among them, as does
+        the fused graph.
+        """
+        if not asked:
             raise UsageError("no requests", expected="at least one image and question")
-        if positions not in get_args(Positions):
-            raise ConfigError("unknown positions", received=repr(positions), expected="contiguous or original")
-        count = check_budget(self.default_budget if budget is None else budget, self.visual_tokens)
-        if isinstance(self.session, SplitSession):
-            self.session.loaded(selector)
-        elif selector is not None:
-            raise UsageError(
-                "the fused graph has its selector inside", received=repr(selector), expected="a pipeline with selectors"
-            )
+        budgets = [self._check_pruning(pruning) for _, pruning in asked]
         clock = Clock()
-        prompts = [self._tokenize(request) for request in requests]
+        prompts = [self._tokenize(request) for request, _ in asked]
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
-        guided = [
-            (image, self.embeddings.lookup(prompt.text_ids(text_span), dtype))
-            for request, prompt in zip(requests, prompts, strict=True)
+        wanted = [
+            _Wanted(image, self.embeddings.lookup(prompt.text_ids(pruning.text_span), dtype), budget, pruning.selector)
+            for (request, pruning), prompt, budget in zip(asked, prompts, budgets, strict=True)
             for image in request.all_images
+            if not isinstance(image, SelectedImage)
         ]
         clock.lap("tokenize")
-        open_images = [(image, guide) for image, guide in guided if not isinstance(image, SelectedImage)]
-        found = self._select(open_images, count, selector, clock) if open_images else iter(())
-        images = [image if isinstance(image, SelectedImage) else next(found) for image, _ in guided]
+        found = iter(self._select(wanted, clock) if wanted else ())
         spliced = []
-        for request, prompt in zip(requests, prompts, strict=True):
-            own, images = images[: len(request.all_images)], images[len(request.all_images) :]
+        for (request, pruning), prompt in zip(asked, prompts, strict=True):
+            images = [image if isinstance(image, SelectedImage) else next(found) for image in request.all_images]
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
-            embeds = splice(text_rows, prompt.image_positions, [image.tokens for image in own])
+            embeds = splice(text_rows, prompt.image_positions, [image.tokens for image in images])
             where = np.arange(len(embeds), dtype=np.int64)
-            if positions == "original":
-                kept = [image.indices for image in own]
+            if pruning.positions == "original":
+                kept = [image.indices for image in images]
                 where = splice_positions(len(text_rows), prompt.image_positions, kept, self.visual_tokens)
-            spliced.append((embeds, where, prompt, own))
+            spliced.append((embeds, where, prompt, images))
         clock.lap("splice")
         return [PrunedPrompt(*parts, self.visual_tokens * len(parts[-1]), dict(clock.laps_ms)) for parts in spliced]
 
-    def _select(
-        self, guided: Sequence[tuple[ImageSource, Array]], count: int, selector: str | None, clock: Clock
-    ) -> Iterator[SelectedImage]:
-        """Yield what is left of each image, given the text rows that guide its selection; all as one batch."""
-        sources, guides = [source for source, _ in guided], [guide for _, guide in guided]
+    def _check_pruning(self, pruning: Pruning) -> int:
+        """Return the budget; raise where the graph has no such selector or not so many tokens."""
         if isinstance(self.session, SplitSession):
-            images = self._encoded(sources, clock)
-            outputs = self.session.select(images, *pad_text(guides), count, selector)
-            clock.lap("select")
-        else:
-            outputs = self.session.run(visual_feeds(self._pixels(sources, clock), guides, count))
-            clock.lap("visual")
-        tokens = outputs.tokens.astype(np.float32)
-        return map(SelectedImage, tokens, outputs.indices, outputs.scores)
+            self.session.loaded(pruning.selector)
+        elif pruning.selector is not None:
+            raise UsageError(
+                "the fused graph has its selector inside",
+                received=repr(pruning.selector),
+                expected="a pipeline with selectors",
+            )
+        return check_budget(self.default_budget if pruning.budget is None else pruning.budget, self.visual_tokens)
+
+    def _select(self, wanted: Sequence[_Wanted], clock: Clock) -> list[SelectedImage]:
+        """Return what is left of each image; those that are selected alike in batches as large as the graph takes."""
+        sources, session = [each.source for each in wanted], self.session
+        split = isinstance(session, SplitSession)
+        encoded = self._encoded(sources, clock) if split else []
+        pixels = self._pixels(sources, clock) if not split else np.empty(0)
+        alike: dict[tuple[int, str | None], list[int]] = {}
+        for place, each in enumerate(wanted):
+            alike.setdefault((each.budget, each.selector), []).append(place)
+        batches = [(*how, places) for how, together in alike.items() for places in self._batches(together)]
+        found: dict[int, SelectedImage] = {}
+        for budget, selector, places in batches:
+            guides = [wanted[place].guide for place in places]
+            if isinstance(session, SplitSession):
+                images = [encoded[place] for place in places]
+                outputs = session.select(images, *pad_text(guides), budget, selector)
+            else:
+                outputs = session.run(visual_feeds(pixels[places], guides, budget))
+            tokens = outputs.tokens.astype(np.float32)
+            found |= zip(places, map(SelectedImage, tokens, outputs.indices, outputs.scores), strict=True)
+        clock.lap("select" if split else "visual")
+        return [found[place] for place in range(len(wanted))]
 
     def _pixels(self, sources: Sequence[ImageSource], clock: Clock) -> Array:
         images = [load_image(source) for source in sources]
@@ -319,13 +363,18 @@ class Pipeline:
         found: dict[str, EncodedImage | None] = {key: self.images.get(key) for key in keys}
         clock.lap("image_keys")
         missing = {key: source for key, source in zip(keys, sources, strict=True) if found[key] is None}
-        if missing:
-            pixels = self._pixels(list(missing.values()), clock)
-            for key, fresh in zip(missing, self.session.encode(pixels), strict=True):
+        for batch in self._batches(list(missing.items())):
+            pixels = self._pixels([source for _, source in batch], clock)
+            for (key, _), fresh in zip(batch, self.session.encode(pixels), strict=True):
                 found[key] = fresh
                 self.images.put(key, fresh)
             clock.lap("encode")
         return [image for key in keys if (image := found[key]) is not None]
+
+    def _batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """Yield ``items`` in parts that the graph takes as one batch."""
+        most = self.session.spec.dim("batch").max
+        return (items[start : start + most] for start in range(0, len(items), most))
 
     def view(self, image: ImageSource) -> Image.Image:
         """Return ``image`` as the encoder sees it, for drawing on."""
@@ -350,15 +399,31 @@ class Pipeline:
         on_text: Callable[[str], object] = lambda piece: None,
     ) -> Answer:
         """Return the whole answer to a pruned prompt; ``on_text`` hears each piece of text as it comes."""
+        steps = self.answering(prompt, params, on_text=on_text)
+        return next(answer for answer in steps if answer is not None)
+
+    def answering(
+        self,
+        prompt: PrunedPrompt,
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[str], object] = lambda piece: None,
+    ) -> Generator[Answer | None, None, None]:
+        """Yield ``None`` after each token and the answer at last; see :meth:`answer`.
+
+        For answers that take turns, as many as :attr:`LLMEngine.max_answers`. Close the generator to stop early.
+        """
         pairs = []
         with closing(self.generate(prompt.inputs_embeds, prompt.positions, params)) as pieces:
             for token, piece in pieces:
                 pairs.append((token, piece))
                 if piece:
                     on_text(piece)
+                if token is not None:  # the numbers below are to be read before the engine does anything else
+                    yield None
         stats = self._require_llm().last_run
         assert stats is not None  # the stream ran to its end
-        return Answer(
+        yield Answer(
             text="".join(piece for _, piece in pairs),
             token_ids=[token for token, _ in pairs if token is not None],
             prompt=prompt,
@@ -448,6 +513,16 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """An image to select from, the text rows ``[L, D]`` that guide it, and how."""
+
+    source: ImageSource
+    guide: Array
+    budget: int
+    selector: str | None
 
 
 class Clock:

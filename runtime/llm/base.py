@@ -66,7 +66,7 @@ class Capabilities:
     Attributes:
         embeddings: takes prompt embeddings; without, it takes text only.
         explicit_positions: takes a position per prompt token; without, they count up from 0.
-        batch: takes several prompts at once.
+        batch: works on several answers at once; see :attr:`LLMEngine.max_answers`.
         streaming: hands out each token when it is known; without, all of them at the end.
         sampling: obeys temperature, top-k and top-p; without, it is greedy.
         prefix_reuse: need not compute the beginning that a prompt shares with the one before it.
@@ -117,13 +117,38 @@ class GenerationStats:
     finish_reason: Literal["stop", "length", "closed"]
 
 
-class LLMEngine(ABC):
-    """Generates one answer at a time. Constructing is free; ``open()`` or ``with`` loads the model.
+@dataclass(eq=False)
+class Generation:
+    """One answer under way: what was asked, and what an engine tells of it beside the tokens.
 
     Attributes:
-        last_run: of the generation that ended last; ``None`` before, during one, and after one that failed.
+        rows: floating point ``[S, D]``: the prompt; not to be changed.
+        positions: int64 ``[S]``.
+        params: how to choose tokens.
+        stop_token_ids: ids that end the answer.
+        reused_tokens: rows that were known already and not computed.
+        elsewhere_ms: time spent on tokens of this answer while that of another one was asked for.
+    """
+
+    rows: Array
+    positions: Array
+    params: SamplingParams
+    stop_token_ids: Collection[int]
+    reused_tokens: int = 0
+    elsewhere_ms: float = 0.0
+
+
+class LLMEngine(ABC):
+    """Generates answers. Constructing is free; ``open()`` or ``with`` loads the model. Not thread-safe.
+
+    Attributes:
+        last_run: of the generation that ended last; ``None`` before, after one was begun, and after one that failed.
+        max_answers: answers that may be under way at once; above 1 only with the capability ``batch``. An engine that
+            has the weights in its own memory then computes the next token of all of them in one go, when that of any
+            is asked for: read their streams in turns.
         reuse_prefix: keep what was computed of a prompt, with the memory it takes, for one that begins alike; only
-            with the capability. Off at first, so that times of prefill are those of whole prompts.
+            with the capability, and with one answer at a time. Off at first, so that times of prefill are those of
+            whole prompts.
     """
 
     name: ClassVar[str]
@@ -131,11 +156,11 @@ class LLMEngine(ABC):
 
     def __init__(self) -> None:
         self.last_run: GenerationStats | None = None
+        self.max_answers = 1
         self.reuse_prefix = False
-        self._reused = 0
         self._known = (np.empty((0, 0)), np.empty(0))
         self._limits: Limits | None = None
-        self._busy = False
+        self._running = 0
         # Weak, so that a stream its reader has dropped ends at once instead of keeping the engine busy.
         self._streams: weakref.WeakSet[Generator[int, None, None]] = weakref.WeakSet()
 
@@ -195,13 +220,14 @@ class LLMEngine(ABC):
 
         Raises:
             LLMError: here, if the engine is closed or cannot take these positions, or the prompt is empty, too wide or
-                narrow, too long or not finite; from the stream, if another one is being read or the model fails.
+                narrow, too long or not finite; from the stream, if as many as can be are being read, or the model
+                fails.
         """
         counted = np.arange(len(inputs_embeds), dtype=np.int64)
         positions = counted if positions is None else positions
         self._check_prompt(inputs_embeds)
         self._check_positions(positions, counted, params)
-        stream = self._stream(inputs_embeds, positions, params, frozenset(stop_token_ids))
+        stream = self._stream(Generation(inputs_embeds, positions, params, frozenset(stop_token_ids)))
         self._streams.add(stream)
         return stream
 
@@ -217,50 +243,52 @@ class LLMEngine(ABC):
     def _close(self) -> None: ...
 
     @abstractmethod
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
         """Yield token ids; the base class stops at a stop token or ``max_new_tokens`` and closes the generator.
 
         An engine that stops by itself may end early; it may yield the stop token or not. One that reuses a prefix
         asks ``_shared`` how much, and tells ``_remember`` in the end.
         """
 
-    def _shared(self, rows: Array, positions: Array) -> int:
-        """Return how many of ``rows [S, D]`` at ``positions [S]`` need not be computed, for an engine that reuses them.
+    def _shared(self, generation: Generation) -> int:
+        """Return how many rows of the prompt need not be computed, for an engine that reuses them.
 
         Never all: the last one is computed in any case, for its logits.
         """
-        if self.reuse_prefix:
-            known_rows, known_positions = self._known
-            shared = min(common_prefix(known_rows, rows), common_prefix(known_positions, positions))
-            self._reused = min(shared, len(rows) - 1)
-        return self._reused
+        if self._keeps_prefix:
+            rows, positions = self._known
+            shared = min(common_prefix(rows, generation.rows), common_prefix(positions, generation.positions))
+            generation.reused_tokens = min(shared, len(generation.rows) - 1)
+        return generation.reused_tokens
 
     def _remember(self, rows: Sequence[Array], positions: Sequence[Array], count: int) -> None:
         """Note what the engine holds for the next prompt: the first ``count`` rows of this one and its answer."""
-        count = count if self.reuse_prefix else 0
+        count = count if self._keeps_prefix else 0
         self._known = (np.concatenate(rows)[:count], np.concatenate(positions)[:count])
 
-    def _stream(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        if self._limits is None or self._busy:
+    @property
+    def _keeps_prefix(self) -> bool:
+        return self.reuse_prefix and self.max_answers == 1
+
+    def _stream(self, generation: Generation) -> Generator[int, None, None]:
+        full = self._running >= self.max_answers
+        if self._limits is None or full:
             raise LLMError(
                 "the language model cannot begin this answer",
-                received="another answer is still being read" if self._busy else "a closed engine",
-                hint="read that answer to its end, or close its stream, first" if self._busy else "call open() first",
+                received=f"{self._running} still being read" if full else "a closed engine",
+                expected=f"at most {self.max_answers} at once" if full else None,
+                hint="read an answer to its end, or close its stream, first" if full else "call open() first",
             )
-        self._busy, self.last_run, self._reused = True, None, 0
-        new_tokens, step_ms = 0, [0.0, 0.0]
+        self._running, self.last_run = self._running + 1, None
+        params, new_tokens, step_ms = generation.params, 0, [0.0, 0.0]
         reason: Literal["stop", "length", "closed"] | None = None
-        tokens = self._generate(inputs_embeds, positions, params, stop_token_ids)
+        tokens = self._generate(generation)
         try:
             while reason is None:
                 start = time.perf_counter()
                 token = next(tokens, None)
                 step_ms[min(new_tokens, 1)] += (time.perf_counter() - start) * 1e3
-                if token is None or token in stop_token_ids:
+                if token is None or token in generation.stop_token_ids:
                     reason = "stop"
                 else:
                     new_tokens += 1
@@ -272,11 +300,11 @@ class LLMEngine(ABC):
             raise
         finally:
             tokens.close()
-            self._busy = False
+            self._running -= 1
             if reason is not None:
-                self.last_run = GenerationStats(
-                    len(inputs_embeds), self._reused, new_tokens, step_ms[0], step_ms[1], reason
-                )
+                prompt, reused = len(generation.rows), generation.reused_tokens
+                decode_ms = step_ms[1] + generation.elsewhere_ms
+                self.last_run = GenerationStats(prompt, reused, new_tokens, step_ms[0], decode_ms, reason)
 
     def _check_prompt(self, inputs_embeds: Array) -> None:
         limits = self.limits

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
 from flashvlm_export.files import sha256_of
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
@@ -148,16 +148,14 @@ class LlamaCppLLM(LLMEngine):
         rows: Array = dequantize(tensor.data[token_ids], tensor.tensor_type)
         return rows
 
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        lib, sampler = self._lib, Sampler(params)
-        new = np.array(inputs_embeds, np.float32, order="C")  # its own, to be compared with the next prompt
-        past, memory = self._shared(new, positions), lib.llama_get_memory(self._context)
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
+        lib, sampler = self._lib, Sampler(generation.params)
+        new = np.array(generation.rows, np.float32, order="C")  # its own, to be compared with the next prompt
+        past, memory = self._shared(generation), lib.llama_get_memory(self._context)
         if not lib.llama_memory_seq_rm(memory, 0, past, -1):  # some caches go as a whole or not at all
             lib.llama_memory_clear(memory, True)
-            self._reused = past = 0
-        rows, where = [new], [positions]
+            generation.reused_tokens = past = 0
+        rows, where = [new], [generation.positions]
         done = past
         try:
             logits = self._decode(past, rows=new[past:])

@@ -1,5 +1,8 @@
 """The bundle's decoder in ONNX Runtime, with a KV cache that is written in place.
 
+Answers under way at once have a slot of that cache each: a prompt is run in its slot alone, and each further step runs
+one token of all of them, which reads the weights once.
+
 GroupQueryAttention, which ``export/decoder.py`` has the model builder write, appends to its cache without a copy when
 past and present are bound to one buffer as long as the whole answer; ``attention_mask`` tells how much of it counts.
 Decode is bound by memory bandwidth, so the copy shows: 12 layers of width 1024 behind 640 prompt tokens took 8.4 ms per
@@ -8,7 +11,8 @@ token in int4 instead of 15 ms with caches fed back as outputs (fp32: 27 instead
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,9 @@ from flashvlm_export.ort import ort_session
 from flashvlm_export.runtime.llm.base import (
     Capabilities,
     Embed,
+    Generation,
     Limits,
     LLMEngine,
-    SamplingParams,
 )
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
@@ -33,20 +37,56 @@ _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tens
 
 @dataclass
 class _Cache:
-    """Keys and values of a prompt and its answer.
+    """Keys and values of the answers under way, each in a slot of its own.
 
     Attributes:
-        arrays: ``[1, heads, capacity, head size]`` per half of a layer; on the CPU ONNX Runtime works in their memory.
+        arrays: ``[slots, heads, capacity, head size]`` per half of a layer; on the CPU ONNX Runtime works in their
+            memory, of which the system gives as much as is written.
         values: the same as ONNX Runtime's.
+        bindings: what runs a range of slots, by the first and the number of them.
     """
 
     arrays: list[Array]
-    values: list[Any] = field(default_factory=list)
+    values: list[Any]
+    bindings: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> int:
+        """Answers that it has room for."""
+        return int(self.arrays[0].shape[0])
 
     @property
     def capacity(self) -> int:
-        """Positions that it has room for."""
+        """Positions of a slot."""
         return int(self.arrays[0].shape[2])
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One answer under way.
+
+    Attributes:
+        generation: what was asked.
+        rows, places: what its slot of the cache holds: embeddings and their positions, in pieces.
+        past: how many rows these are.
+        token: chosen last, and not in the cache yet; it stands behind the last of ``places``.
+        new_tokens: chosen so far.
+        logits: ``[vocab]``, of what comes behind ``token``; ``None`` until they are computed.
+    """
+
+    generation: Generation
+    rows: list[Array]
+    places: list[Array]
+    past: int = 0
+    token: int = 0
+    new_tokens: int = 0
+    logits: Array | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its next token remains to be computed, as far as can be told before its reader asks."""
+        ends = self.new_tokens == self.generation.params.max_new_tokens or self.token in self.generation.stop_token_ids
+        return self.logits is None and not ends
 
 
 class OnnxRuntimeLLM(LLMEngine):
@@ -62,7 +102,7 @@ class OnnxRuntimeLLM(LLMEngine):
 
     name = "onnxruntime"
     capabilities = Capabilities(
-        embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True, prefix_reuse=True
+        embeddings=True, explicit_positions=True, batch=True, streaming=True, sampling=True, prefix_reuse=True
     )
 
     def __init__(
@@ -82,6 +122,7 @@ class OnnxRuntimeLLM(LLMEngine):
         self.threads = threads
         self._session: Any = None
         self._cache: _Cache | None = None
+        self._answers: dict[int, _Answer] = {}
         self._dtype: type[np.floating[Any]] = np.float32
 
     def _open(self) -> Limits:
@@ -111,50 +152,77 @@ class OnnxRuntimeLLM(LLMEngine):
     def _close(self) -> None:
         self._session = self._cache = None
 
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        sampler = Sampler(params)
-        new = np.array(inputs_embeds)  # its own, to be compared with the next prompt
-        past = self._shared(new, positions)
-        cache, past = self._cache_for(past, len(new) + params.max_new_tokens)
-        rows, places = [new], [positions]
-        new, where = new[past:], positions[past:]
-        binding = self._session.io_binding()
-        self._bind_cache(binding, cache)
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
+        sampler = Sampler(generation.params)
+        rows = np.array(generation.rows)  # its own, to be compared with the next prompt
+        slot = next(slot for slot in range(self.max_answers) if slot not in self._answers)
+        answer = _Answer(generation, [rows], [generation.positions])
         try:
+            past = self._make_room(generation, len(rows) + generation.params.max_new_tokens)
+            given, places = rows[past:][None], generation.positions[past:][None]
+            answer.logits = self._run(slot, given, places, np.array([len(rows)]))[0]
+            answer.past = len(rows)
+            self._answers[slot] = answer
             while True:
-                logits = self._step(binding, self._as_input(new), where[None], past)
-                past += len(new)
-                token = sampler(logits)
-                yield token
-                new, where = self.embed(np.array([token], np.int64)), where[-1:] + 1
-                rows.append(new)
-                places.append(where)
+                if answer.logits is None:
+                    self._step(answer)
+                assert answer.logits is not None  # the step saw to it
+                answer.token, answer.logits = sampler(answer.logits), None
+                answer.new_tokens += 1
+                yield answer.token
         finally:
-            del binding
-            self._cache = cache if self.reuse_prefix else None
-            self._remember(rows, places, past)
+            self._answers.pop(slot, None)
+            if self.max_answers == 1 and not self.reuse_prefix:
+                self._cache = None
+            self._remember(answer.rows, answer.places, answer.past)
 
-    def _cache_for(self, past: int, capacity: int) -> tuple[_Cache, int]:
-        """Return a cache with room for ``capacity`` positions, and how many of ``past`` known ones it holds."""
-        old = self._cache
-        if old is not None and old.capacity >= capacity:
-            return old, past
-        if self.reuse_prefix:  # the next prompt is longer
-            capacity = min(2 * capacity, self.entry.max_positions)
-        cache = _Cache(self._allocate(capacity))
-        if past and self._on_gpu:
-            self._reused = past = 0  # buffers there cannot be copied into each other from here
+    def _step(self, asked: _Answer) -> None:
+        """Compute the logits of every answer that waits for some, ``asked`` among them, in one run."""
+        start = time.perf_counter()
+        count = max(self._answers) + 1
+        # A free slot has one row, which nobody reads. An answer that does not wait has its token run too, at a place
+        # where the same token is run again once it does.
+        tokens, places, lengths = np.zeros(count, np.int64), np.zeros((count, 1), np.int64), np.ones(count, np.int64)
+        for slot, answer in self._answers.items():
+            tokens[slot], places[slot], lengths[slot] = answer.token, answer.places[-1][-1] + 1, answer.past + 1
+        rows = self.embed(tokens)
+        logits = self._run(0, rows[:, None], places, lengths)
+        spent_ms = (time.perf_counter() - start) * 1e3
+        for slot, answer in self._answers.items():
+            if answer.waits:
+                answer.logits = logits[slot]
+                answer.rows.append(rows[slot : slot + 1])
+                answer.places.append(places[slot])
+                answer.past += 1
+                answer.generation.elsewhere_ms += spent_ms if answer is not asked else 0
+
+    def _make_room(self, generation: Generation, needed: int) -> int:
+        """Have a cache with ``needed`` positions for each answer; return how many rows of the prompt it holds."""
+        past, old = self._shared(generation), self._cache
+        if old is not None and old.slots >= self.max_answers and old.capacity >= needed:
+            return past
+        capacity, most = needed, self.entry.max_positions
+        if self.max_answers > 1 and self._on_gpu:
+            capacity = most  # buffers there cannot be copied into each other from here
+        elif self.max_answers > 1 or self.reuse_prefix:
+            capacity = min(2 * needed, most)  # the next prompt is longer
+        cache = self._allocate(capacity)
+        if self._on_gpu:
+            generation.reused_tokens = past = 0
         for target, source in zip(cache.arrays, old.arrays if old is not None else (), strict=False):
-            target[:, :, :past] = source[:, :, :past]
-        return cache, past
+            target[: len(source), :, : source.shape[2]] = source[: len(target)]
+        self._cache = cache
+        return past
 
-    def _step(self, binding: Any, rows: Array, positions: Array, past: int) -> Array:
-        """Run ``rows [1, n, D]`` at ``positions [1, n]`` behind ``past`` others; return the last logits ``[vocab]``."""
-        total = past + rows.shape[1]
-        mask = np.ones((1, total), np.int64)
-        binding.bind_cpu_input("inputs_embeds", rows)
+    def _run(self, first: int, rows: Array, positions: Array, lengths: Array) -> Array:
+        """Run ``rows [n, m, D]`` at ``positions [n, m]`` in the slots from ``first`` on.
+
+        They are the last of ``lengths [n]`` rows of each slot. Returns the last logits of each, ``[n, vocab]``.
+        """
+        mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+        binding = self._binding(first, len(rows))
+        given = self._as_input(rows)
+        binding.bind_cpu_input("inputs_embeds", given)
         binding.bind_cpu_input("attention_mask", mask)
         binding.bind_cpu_input("position_ids", positions)
         # Bound anew each time: ONNX Runtime would otherwise reuse the last buffer, which may have another length.
@@ -163,34 +231,44 @@ class OnnxRuntimeLLM(LLMEngine):
             self._session.run_with_iobinding(binding)
         except Exception as error:  # ONNX Runtime's errors have no common base
             raise LLMError(
-                f"ONNX Runtime failed in the decoder behind {past} tokens",
+                f"ONNX Runtime failed in the decoder at {lengths.max()} tokens",
                 received=(str(error).splitlines() or [type(error).__name__])[0],
                 hint="check the bundle (flashvlm inspect BUNDLE --verify) and the memory that is free",
             ) from error
-        logits: Array = binding.get_outputs()[0].numpy()[0, -1]
+        logits: Array = binding.get_outputs()[0].numpy()[:, -1]
         return logits
 
-    def _allocate(self, capacity: int) -> list[Array]:
-        """Return zeros for each half of each layer's cache."""
-        shape = (1, self.entry.num_kv_heads, capacity, self.entry.head_size)
-        return [np.zeros(shape, self._dtype) for _ in self._cache_names()]
-
-    def _bind_cache(self, binding: Any, cache: _Cache) -> None:
-        """Bind ``cache`` as what is read and as what is written."""
+    def _allocate(self, capacity: int) -> _Cache:
+        """Return zeros for each half of each layer, with a slot per answer."""
         from onnxruntime import OrtValue
 
-        # First of all outputs, so that it stays number 0.
-        binding.bind_output("logits", "cpu")
-        if not cache.values:
-            device = "cuda" if self._on_gpu else "cpu"
-            cache.values = [OrtValue.ortvalue_from_numpy(array, device, 0) for array in cache.arrays]
-        for (past, present), value in zip(self._cache_names(), cache.values, strict=True):
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
+        shape = (self.max_answers, self.entry.num_kv_heads, capacity, self.entry.head_size)
+        arrays = [np.zeros(shape, self._dtype) for _ in self._cache_names()]
+        return _Cache(arrays, [OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in arrays])
+
+    def _binding(self, first: int, count: int) -> Any:
+        """Return what runs ``count`` slots from ``first`` on, their cache bound as what is read and what is written."""
+        cache = self._cache
+        assert cache is not None  # _make_room has been called
+        if (first, count) not in cache.bindings:
+            binding = self._session.io_binding()
+            # First of all outputs, so that it stays number 0.
+            binding.bind_output("logits", "cpu")
+            shape = (count, *cache.arrays[0].shape[1:])
+            for (past, present), array, value in zip(self._cache_names(), cache.arrays, cache.values, strict=True):
+                place = (self._device, 0, self._dtype, shape, value.data_ptr() + first * array.strides[0])
+                binding.bind_input(past, *place)
+                binding.bind_output(present, *place)
+            cache.bindings[first, count] = binding
+        return cache.bindings[first, count]
 
     @property
     def _on_gpu(self) -> bool:
         return self.providers[0] == "CUDAExecutionProvider"
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self._on_gpu else "cpu"
 
     def _cache_names(self) -> list[tuple[str, str]]:
         return [
@@ -200,9 +278,9 @@ class OnnxRuntimeLLM(LLMEngine):
         ]
 
     def _as_input(self, rows: Array) -> Array:
-        """Return ``[n, D]`` as ``[1, n, D]``, contiguous, in the decoder's dtype."""
+        """Return ``rows``, contiguous, in the decoder's dtype."""
         with np.errstate(over="ignore"):
-            converted = np.ascontiguousarray(rows[None], self._dtype)
+            converted = np.ascontiguousarray(rows, self._dtype)
         if self._dtype == np.float16 and not np.isfinite(converted).all():
             raise LLMError(
                 "the embeddings are too large for a decoder in half precision",

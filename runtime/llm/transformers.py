@@ -6,7 +6,7 @@ The only module of the runtime that imports torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
 from flashvlm_export.files import sha256_of
-from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
@@ -98,13 +98,11 @@ class TransformersLLM(LLMEngine):
         rows: Array = self._model.get_input_embeddings().weight[ids.to(self.device)].detach().cpu().numpy()
         return rows
 
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
         import torch
 
-        sampler = Sampler(params)
-        given: dict[str, Any] = {"inputs_embeds": torch.from_numpy(np.float32(inputs_embeds))[None]}
+        sampler, positions = Sampler(generation.params), generation.positions
+        given: dict[str, Any] = {"inputs_embeds": torch.from_numpy(np.float32(generation.rows))[None]}
         cache, total = None, 0
         while True:
             total += len(positions)

@@ -10,7 +10,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -18,7 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 import numpy as np
 
 from flashvlm_export.errors import LLMError, SessionError, UsageError
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.llm.torch_file import torch_bytes
 from flashvlm_export.specs import Array
 
@@ -33,7 +33,7 @@ _HINTS: dict[int, str] = {
 
 
 class VllmLLM(LLMEngine):
-    """Sends prompts to a server. Each engine has one answer under way; the server batches those of many.
+    """Sends prompts to a server, each answer over a connection of its own; the server batches what is under way.
 
     A request that never reached the server, or that it was too busy for, is sent again, up to three times in all. An
     answer that breaks off is not: what was read of it stands.
@@ -52,7 +52,7 @@ class VllmLLM(LLMEngine):
 
     name = "vllm"
     capabilities = Capabilities(
-        embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True, prefix_reuse=False
+        embeddings=True, explicit_positions=False, batch=True, streaming=True, sampling=True, prefix_reuse=False
     )
 
     def __init__(self, url: str, embed: Embed, vocab_size: int, *, timeout_s: float = 120.0) -> None:
@@ -114,10 +114,9 @@ class VllmLLM(LLMEngine):
     def _prompt(self, rows: Array) -> dict[str, Any]:
         return {"prompt_embeds": base64.b64encode(torch_bytes(rows)).decode()}
 
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        request = self._prompt(inputs_embeds) | {
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
+        params = generation.params
+        request = self._prompt(generation.rows) | {
             "model": self._model,
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
@@ -128,7 +127,7 @@ class VllmLLM(LLMEngine):
             "repetition_penalty": 1.0,
             "min_p": 0.0,
             "ignore_eos": True,
-            "stop_token_ids": sorted(stop_token_ids),
+            "stop_token_ids": sorted(generation.stop_token_ids),
             "stream": True,
             "return_token_ids": True,
         }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flashvlm_export.errors import LLMError
-from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine, SamplingParams
 
 WIDTH, POSITIONS, VOCAB = 4, 32, 100
 PROMPT = np.ones((3, WIDTH), np.float32)
@@ -38,9 +38,7 @@ class Counting(LLMEngine):
     def _close(self) -> None:
         self.events.append("close")
 
-    def _generate(
-        self, inputs_embeds: np.ndarray, positions: np.ndarray, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
         try:
             token = 10
             while token != self.end:

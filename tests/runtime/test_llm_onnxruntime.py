@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from flashvlm_export.errors import LLMError, SessionError
 from flashvlm_export.export.decoder import export_decoder
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM, _Cache
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 
 WIDTH, NEW_TOKENS = 64, 32
 PROMPT_LENGTHS = (1, 2, 5, 17, 64, 190)
@@ -91,19 +93,15 @@ def answer(engine: OnnxRuntimeLLM, prompt: np.ndarray, new_tokens: int = NEW_TOK
 
 
 def prefill_logits(engine: OnnxRuntimeLLM, prompt: np.ndarray) -> np.ndarray:
-    binding = engine._session.io_binding()
-    cache = new_cache(engine, len(prompt))
-    assert len(cache.arrays) == 2 * engine.entry.num_layers
-    engine._bind_cache(binding, cache)
-    return engine._step(binding, engine._as_input(prompt), counted(prompt), 0).astype(np.float64)
+    engine._cache = engine._allocate(len(prompt))
+    assert len(engine._cache.arrays) == 2 * engine.entry.num_layers
+    return run(engine, prompt, 0).astype(np.float64)
 
 
-def new_cache(engine: OnnxRuntimeLLM, capacity: int) -> _Cache:
-    return engine._cache_for(0, capacity)[0]
-
-
-def counted(prompt: np.ndarray) -> np.ndarray:
-    return np.arange(len(prompt))[None]
+def run(engine: OnnxRuntimeLLM, rows: np.ndarray, past: int) -> np.ndarray:
+    """The last logits of rows behind ``past`` others, in the first slot of the cache."""
+    total = past + len(rows)
+    return engine._run(0, rows[None], np.arange(past, total)[None], np.array([total]))[0]
 
 
 def correlation(left: np.ndarray, right: np.ndarray) -> float:
@@ -186,23 +184,19 @@ def test_the_cache_buffer_may_hold_anything_at_first(fp32: Exported) -> None:
     """Positions that are not written yet must not count, not even as 0 × NaN."""
     prompt = prompts()[3]
     with fp32.engine() as engine:
-        binding = engine._session.io_binding()
-        cache = new_cache(engine, len(prompt) + 8)
-        for array in cache.arrays:
+        engine._cache = engine._allocate(len(prompt) + 8)
+        for array in engine._cache.arrays:
             array.fill(np.nan)
-        engine._bind_cache(binding, cache)
-        logits = engine._step(binding, engine._as_input(prompt), counted(prompt), 0)
+        logits = run(engine, prompt, 0)
         np.testing.assert_allclose(logits, fp32.reference_logits(prompt), rtol=0, atol=1e-4)
 
 
 def test_the_cache_is_written_in_place(fp32: Exported) -> None:
     with fp32.engine() as engine:
-        binding = engine._session.io_binding()
-        cache = new_cache(engine, 24)
-        engine._bind_cache(binding, cache)
-        engine._step(binding, engine._as_input(prompts()[3]), counted(prompts()[3]), 0)
-        engine._step(binding, engine._as_input(prompts()[0]), np.array([[17]]), 17)
-        written = binding.get_outputs()[1:]
+        engine._cache = cache = engine._allocate(24)
+        run(engine, prompts()[3], 0)
+        run(engine, prompts()[0], 17)
+        written = engine._binding(0, 1).get_outputs()[1:]
         assert {value.data_ptr() for value in written} == {array.ctypes.data for array in cache.arrays}
         assert len(written) == len(cache.arrays)
         for array in cache.arrays:
@@ -216,9 +210,9 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(fp32: Exported, monkey
     with fp32.engine() as engine:
         engine.reuse_prefix = True
         computed: list[int] = []
-        step = engine._step
+        whole = engine._run
         monkeypatch.setattr(
-            engine, "_step", lambda binding, rows, *rest: computed.append(rows.shape[1]) or step(binding, rows, *rest)
+            engine, "_run", lambda slot, rows, *rest: computed.append(rows.shape[1]) or whole(slot, rows, *rest)
         )
         said = fp32.embed(np.array(fp32.reference(first)))
         turn = np.concatenate([first, said, prompts()[3]])
@@ -349,3 +343,74 @@ def test_neither_torch_nor_transformers_is_imported(fp32: Exported) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_answers_under_way_at_once_are_those_of_each_alone(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different lengths, in slots that others had before, with a cache that grows meanwhile."""
+    waiting = list(zip(range(6), (prompts()[i] for i in (3, 4, 2, 5, 1, 0)), (9, 32, 5, 32, 12, 30), strict=True))
+    expected = {name: fp32.reference(prompt, count) for name, prompt, count in waiting}
+    said: dict[int, list[int]] = {name: [] for name in expected}
+    streams: dict[int, Generator[int, None, None]] = {}
+    runs: list[tuple[int, ...]] = []
+    with fp32.engine() as engine:
+        engine.max_answers = 3
+        run = engine._run
+        monkeypatch.setattr(engine, "_run", lambda slot, rows, *rest: runs.append(rows.shape) or run(slot, rows, *rest))
+        while waiting or streams:
+            if waiting and len(streams) < 3:
+                name, prompt, count = waiting.pop(0)
+                streams[name] = engine.generate(prompt, SamplingParams(max_new_tokens=count), stop_token_ids=())
+            for name in list(streams):
+                token = next(streams[name], None)
+                if token is None:
+                    del streams[name]
+                else:
+                    said[name].append(token)
+    assert said == expected
+    steps = [rows for rows, length, _ in runs if length == 1]
+    assert steps.count(3) > 20, "answers were computed one by one"
+    assert len(runs) < sum(map(len, said.values())) * 0.6
+
+
+def test_an_answer_that_ends_leaves_the_others_alone(fp32: Exported) -> None:
+    """Closed, stopped, one that its reader leaves waiting, and one too many."""
+    prompt, other = prompts()[3], prompts()[2]
+    expected = fp32.reference(prompt)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    with fp32.engine() as engine:
+        engine.max_answers = 3
+        left, closed, stopped = (
+            engine.generate(rows, params, stop_token_ids=stop)
+            for rows, stop in ((prompt, ()), (other, ()), (prompt, {expected[4]}))
+        )
+        said = [next(left)]
+        next(closed)
+        assert list(stopped) == expected[: expected.index(expected[4])]
+        assert engine.last_run is not None
+        assert engine.last_run.finish_reason == "stop"
+        too_many = [engine.generate(prompt, params, stop_token_ids=()) for _ in range(2)]
+        next(too_many[0])
+        with pytest.raises(LLMError, match="3 still being read"):
+            next(too_many[1])
+        too_many[0].close()
+        closed.close()
+        assert said + list(left) == expected
+
+
+def test_time_spent_while_another_answer_was_asked_for_counts(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(max_new_tokens=4)
+    with fp32.engine() as engine:
+        engine.max_answers = 2
+        run = engine._run
+        monkeypatch.setattr(engine, "_run", lambda *given: (time.sleep(0.02), run(*given))[1])
+        first, second = (engine.generate(prompts()[1], params, stop_token_ids=()) for _ in range(2))
+        spent = []
+        for _ in range(4):
+            next(first)
+            next(second)
+        for stream in (first, second):
+            assert next(stream, None) is None
+            assert engine.last_run is not None
+            spent.append(engine.last_run.decode_ms)
+    # Three steps of 20 ms or more, which both answers took part in.
+    assert min(spent) >= 60

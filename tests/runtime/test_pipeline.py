@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Collection, Generator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -13,19 +13,21 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BudgetError, BundleError, ConfigError, PromptError, SessionError, UsageError
-from flashvlm_export.runtime.llm.base import Capabilities, Limits, LLMEngine, SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, Request
+from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
+from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
 from flashvlm_export.runtime.sessions.base import VisualOutputs
 from flashvlm_export.runtime.sessions.fake import FakeSession
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
-from flashvlm_export.specs import Array, Feeds, Precision
+from flashvlm_export.specs import Feeds, Precision
 
 
 class RecordingSession(FakeSession):
-    """Remembers what it was fed."""
+    """Remembers what it was fed, and how often."""
+
+    runs = 0
 
     def _run(self, feeds: Feeds) -> VisualOutputs:
-        self.feeds = dict(feeds)
+        self.feeds, self.runs = dict(feeds), self.runs + 1
         return super()._run(feeds)
 
 
@@ -48,10 +50,8 @@ class ScriptedLLM(LLMEngine):
     def _close(self) -> None:
         pass
 
-    def _generate(
-        self, inputs_embeds: Array, positions: Array, params: SamplingParams, stop_token_ids: Collection[int]
-    ) -> Generator[int, None, None]:
-        self.inputs_embeds, self.positions = inputs_embeds, positions
+    def _generate(self, generation: Generation) -> Generator[int, None, None]:
+        self.inputs_embeds, self.positions = generation.rows, generation.positions
         yield from self.ids
 
 
@@ -127,6 +127,30 @@ def test_a_batch_is_one_run_and_a_request_may_hold_several_images(pipeline: Pipe
     assert [len(prompt.indices) for prompt in (first, second)] == [2, 1]
     alone = pipeline.encode(requests[1:], budget=4)[0]
     np.testing.assert_array_equal(second.indices[0], alone.indices[0])
+
+
+def test_each_request_has_its_own_pruning(pipeline: Pipeline) -> None:
+    """The images come back to their requests, though those with one budget are selected together."""
+    asked = [
+        (Request([picture(1), picture(2)], "Compare them."), Pruning(4)),
+        (Request([picture(3)], "And this?"), Pruning(9, positions="original")),
+        (Request([picture(4)], "And that, in many words?"), Pruning(4, text_span="question")),
+        (Request([picture(5)], "What?"), Pruning()),
+    ]
+    for prompt, (request, pruning) in zip(pipeline.encode_each(asked), asked, strict=True):
+        alone = pipeline.encode_each([(request, pruning)])[0]
+        assert [len(kept) for kept in prompt.indices] == [pruning.budget or pipeline.default_budget] * len(
+            prompt.images
+        )
+        np.testing.assert_array_equal(prompt.indices, alone.indices)
+        np.testing.assert_array_equal(prompt.inputs_embeds, alone.inputs_embeds)
+        np.testing.assert_array_equal(prompt.positions, alone.positions)
+    before = pipeline.session.runs
+    pipeline.encode_each(asked)
+    assert pipeline.session.runs == before + 3  # budgets 4, 9 and the default
+    with pytest.raises(BudgetError):
+        pipeline.encode_each([*asked, (asked[0][0], Pruning(17))])
+    assert pipeline.session.runs == before + 3
 
 
 def test_answer_carries_text_tokens_and_times(pipeline: Pipeline) -> None:

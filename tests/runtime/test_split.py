@@ -15,7 +15,7 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BudgetError, ConfigError, ImageError, SessionError, UsageError
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import content_key, load_image
-from flashvlm_export.runtime.pipeline import Pipeline, Request
+from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.selection import get_selector, select_tokens
@@ -86,6 +86,24 @@ def test_prompts_are_those_of_the_fused_graph(bundle: Bundle, pipeline: Pipeline
         for one, other in zip(want, have, strict=True):
             np.testing.assert_array_equal(one.inputs_embeds, other.inputs_embeds)
             np.testing.assert_array_equal(one.indices, other.indices)
+
+
+def test_budgets_and_selectors_share_the_encoder(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+    encode = SplitSession.encode
+    monkeypatch.setattr(
+        SplitSession, "encode", lambda self, pixels: batches.append(len(pixels)) or encode(self, pixels)
+    )
+    prunings = [Pruning(4), Pruning(9), Pruning(4, selector="divprune"), Pruning(4)]
+    asked = [(Request([picture(seed)], "What is it?"), pruning) for seed, pruning in enumerate(prunings)]
+    together = pipeline.encode_each(asked)
+    assert batches == [4]
+    pipeline.images.clear()
+    for prompt, one in zip(together, asked, strict=True):
+        alone = pipeline.encode_each([one])[0]
+        np.testing.assert_array_equal(prompt.indices, alone.indices)
+        # The encoder's products run in another order for four images: a few roundings of float32.
+        np.testing.assert_allclose(prompt.inputs_embeds, alone.inputs_embeds, rtol=0, atol=1e-5)
 
 
 def test_an_image_is_encoded_once(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

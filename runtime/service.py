@@ -1,0 +1,232 @@
+"""One pipeline for many threads: what is asked at about the same time is encoded together and answered side by side.
+
+::
+
+    with Pipeline.open("bundle", selectors=[]) as vlm, Service(vlm, max_answers=8) as service:
+        future = service.submit(Request(["photo.jpg"], "What is in the picture?"), Pruning(budget=128))
+        print(future.result().text)                                      # from any thread
+        answer = await asyncio.wrap_future(service.submit(request))      # from a coroutine
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+
+from flashvlm_export.errors import ConfigError, QueueFullError, SessionError, UsageError
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.pipeline import Answer, Pipeline, Pruning, Request
+
+
+@dataclass(eq=False)
+class _Job:
+    """One request, from the queue to its answer.
+
+    Attributes:
+        arrived: when it was asked, in seconds of :func:`time.perf_counter`.
+        steps: works on the answer, once its images are encoded.
+        queue_ms: from its arrival until its images were taken up.
+    """
+
+    request: Request
+    pruning: Pruning
+    params: SamplingParams | None
+    on_text: Callable[[str], object]
+    future: Future[Answer] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.perf_counter)
+    steps: Generator[Answer | None, None, None] | None = None
+    queue_ms: float = 0.0
+
+    def finish(self, result: Answer | Exception | None) -> None:
+        """Stop working on it, and hand out the answer or the error; a request that was cancelled gets neither."""
+        if self.steps is not None:
+            self.steps.close()
+        if not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(result, Answer):
+            self.future.set_result(replace(result, stage_ms={"queue": self.queue_ms, **result.stage_ms}))
+        else:
+            self.future.set_exception(result)
+
+
+class Service:
+    """Answers the requests of many threads and coroutines with one pipeline, on a thread of its own.
+
+    The thread takes up what has arrived, as far as there is room, encodes it together, and then computes a token of
+    every answer under way before it looks for arrivals again. What one request fails of does not touch the others.
+
+    Args:
+        vlm: opened, with a language model; nobody else uses it until the service is closed.
+        max_answers: answers under way at once; above 1 for engines with the capability ``batch``. Each takes memory
+            for keys and values of its prompt and answer.
+        max_wait_ms: how long a request waits, when nothing is under way, for others to be encoded with.
+        max_queue: requests that wait for their turn; one more is refused.
+
+    Raises:
+        ConfigError: if a number is out of range, or the engine answers one at a time.
+        UsageError: if the pipeline has no language model.
+    """
+
+    def __init__(self, vlm: Pipeline, *, max_answers: int, max_wait_ms: float = 5.0, max_queue: int = 64) -> None:
+        llm = vlm.llm
+        if llm is None:
+            raise UsageError("this pipeline was opened without a language model", expected="one that has")
+        least = {"max_answers": (max_answers, 1), "max_wait_ms": (max_wait_ms, 0), "max_queue": (max_queue, 1)}
+        for name, (value, minimum) in least.items():
+            if not value >= minimum:
+                raise ConfigError(f"service: {name} is out of range", received=value, expected=f"{minimum} or more")
+        if max_answers > 1 and not llm.capabilities.batch:
+            raise ConfigError(
+                f"the engine '{llm.name}' works on one answer at a time",
+                received=f"max_answers={max_answers}",
+                expected="1",
+                hint="max_answers=1, or an engine that batches (onnxruntime, vllm)",
+            )
+        self.vlm = vlm
+        self.max_answers = max_answers
+        self.max_wait_ms = max_wait_ms
+        self.max_queue = max_queue
+        self._llm = llm
+        self._waiting: deque[_Job] = deque()
+        self._under_way: list[_Job] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="flashvlm-service", daemon=True)
+        llm.max_answers = max_answers
+        self._thread.start()
+
+    def submit(
+        self,
+        request: Request,
+        pruning: Pruning | None = None,
+        params: SamplingParams | None = None,
+        *,
+        on_text: Callable[[str], object] = lambda piece: None,
+    ) -> Future[Answer]:
+        """Put a request into the queue, from any thread, and return its future at once.
+
+        Args:
+            request: what is asked.
+            pruning: of its images; the defaults without.
+            params: how to choose tokens; greedy without.
+            on_text: hears each piece of text, on the service's thread: everything waits for it to return,
+                so it must not wait for another answer.
+
+        Returns:
+            The answer to come, whose ``stage_ms`` has the time in the queue too; or what :meth:`Pipeline.encode_each`,
+            :meth:`Pipeline.answer` or ``on_text`` raise. ``cancel()`` succeeds until the answer is there, and makes
+            room for another.
+
+        Raises:
+            QueueFullError: if as many requests are waiting as may.
+            UsageError: if the service is closed.
+        """
+        job = _Job(request, Pruning() if pruning is None else pruning, params, on_text)
+        with self._changed:
+            if self._closing:
+                raise UsageError("the service is closed", expected="one that is open")
+            self._drop_cancelled()
+            if len(self._waiting) >= self.max_queue:
+                raise QueueFullError(
+                    "too many requests are waiting",
+                    received=f"one more than {self.max_queue}",
+                    expected=f"at most {self.max_queue} at once, with {self.max_answers} under way",
+                    hint="ask again later; for bursts a larger max_queue, for more in the same time a smaller budget",
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self, *, finish: bool = True) -> None:
+        """Take no more requests, and return when those that were taken are answered, or else cancelled."""
+        with self._changed:
+            self._closing = True
+            if not finish:
+                for job in (*self._waiting, *self._under_way):
+                    job.future.cancel()
+            self._changed.notify()
+        self._thread.join()
+        self._llm.max_answers = 1
+
+    def _work(self) -> None:
+        try:
+            while not self._closing or self._waiting or self._under_way:
+                self._begin(self._arrivals())
+                for job in list(self._under_way):
+                    self._advance(job)
+        except BaseException as error:  # a defect: nobody shall wait for ever
+            with self._changed:
+                self._closing = True
+                for job in (*self._waiting, *self._under_way):
+                    job.finish(SessionError("the service has broken down", received=repr(error)))
+            raise
+
+    def _arrivals(self) -> list[_Job]:
+        """Take from the queue what there is room for; with nothing under way, wait for a request and its company."""
+        with self._changed:
+            if not self._under_way:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+            if self._waiting and not self._under_way:
+                left = self._waiting[0].arrived + self.max_wait_ms / 1e3 - time.perf_counter()
+                self._changed.wait_for(lambda: self._closing or len(self._waiting) >= self.max_answers, max(left, 0))
+            self._drop_cancelled()
+            room = self.max_answers - len(self._under_way)
+            arrivals = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._under_way += arrivals
+            return arrivals
+
+    def _drop_cancelled(self) -> None:
+        """Take requests that were cancelled out of the queue; the lock has to be held."""
+        jobs, self._waiting = self._waiting, deque()
+        for job in jobs:
+            if job.future.cancelled():
+                job.finish(None)
+            else:
+                self._waiting.append(job)
+
+    def _begin(self, jobs: Sequence[_Job]) -> None:
+        """Encode the images of ``jobs``, together if none of them fails."""
+        if not jobs:
+            return
+        now = time.perf_counter()
+        try:
+            prompts = self.vlm.encode_each([(job.request, job.pruning) for job in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                self._let_go(jobs[0], error)
+                return
+            for job in jobs:
+                self._begin([job])
+            return
+        for job, prompt in zip(jobs, prompts, strict=True):
+            job.queue_ms = (now - job.arrived) * 1e3
+            job.steps = self.vlm.answering(prompt, job.params, on_text=job.on_text)
+
+    def _advance(self, job: _Job) -> None:
+        """Compute the next token of an answer, and of those that wait beside it; let go of it at its end."""
+        assert job.steps is not None  # it was begun
+        result: Answer | Exception | None = None
+        try:
+            if not job.future.cancelled():
+                result = next(job.steps)
+        except Exception as error:
+            result = error
+        if result is not None or job.future.cancelled():
+            self._let_go(job, result)
+
+    def _let_go(self, job: _Job, result: Answer | Exception | None) -> None:
+        self._under_way.remove(job)
+        job.finish(result)
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(finish=kind is None)
