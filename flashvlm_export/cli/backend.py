@@ -71,7 +71,7 @@ def add_llm_argument(parser: argparse.ArgumentParser) -> None:
         metavar="ENGINE",
         default="onnxruntime",
         help="what runs the language model: onnxruntime, the bundle's decoder; transformers:DIR, a checkpoint; "
-        "llamacpp:FILE.gguf; or vllm:URL, a server",
+        "llamacpp:FILE.gguf; vllm:URL, a server; or vllm:DIR, vLLM in this process",
     )
 
 

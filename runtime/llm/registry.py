@@ -13,7 +13,7 @@ from flashvlm_export.runtime.embeddings import TextEmbeddings
 from flashvlm_export.runtime.llm.base import Embed, LLMEngine
 
 #: Name → what stands behind the colon; empty for what the bundle holds.
-ENGINES = {"onnxruntime": "", "transformers": "DIR", "llamacpp": "FILE.gguf", "vllm": "URL"}
+ENGINES = {"onnxruntime": "", "transformers": "DIR", "llamacpp": "FILE.gguf", "vllm": "URL|DIR"}
 
 
 def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[str], threads: int | None) -> LLMEngine:
@@ -21,7 +21,7 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
 
     Args:
         wanted: ``onnxruntime``, the bundle's decoder; ``transformers:DIR``, a checkpoint; ``llamacpp:FILE.gguf``;
-            ``vllm:URL``, a server.
+            ``vllm:URL``, a server; ``vllm:DIR``, a checkpoint in vLLM.
         bundle: whose prompts it answers.
         embed: its embedding rows, for engines that have none.
         providers: ONNX Runtime execution providers; with CUDA among them, the others run there too.
@@ -45,6 +45,10 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
         from flashvlm_export.runtime.llm.llamacpp import LlamaCppLLM
 
         return LlamaCppLLM(Path(where), embed, gpu=gpu, threads=threads)
+    if name == "vllm" and "://" not in where:
+        from flashvlm_export.runtime.llm.vllm_offline import VllmOfflineLLM
+
+        return VllmOfflineLLM(Path(where), embed, bundle.manifest.vocab_size)
     if name == "vllm":
         from flashvlm_export.runtime.llm.vllm import VllmLLM
 

@@ -1,11 +1,7 @@
-"""A Hugging Face checkpoint through transformers: the reference, on the CPU or a GPU.
-
-The only module of the runtime that imports torch.
-"""
+"""A Hugging Face checkpoint through transformers: the reference, on the CPU or a GPU."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
-from flashvlm_export.files import sha256_of
+from flashvlm_export.files import sha256_of_all
 from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
@@ -87,8 +83,7 @@ class TransformersLLM(LLMEngine):
     def identity(self) -> str:
         """The engine and a hash over the files of weights; raises :class:`SessionError` if there is no directory."""
         self._require_directory()
-        files = sorted(self.directory.glob("*.safetensors"))
-        return f"{self.name} {hashlib.sha256(' '.join(map(sha256_of, files)).encode()).hexdigest()[:16]}"
+        return f"{self.name} {sha256_of_all(sorted(self.directory.glob('*.safetensors')))[:16]}"
 
     def embedding_rows(self, token_ids: Array) -> Array:
         """Return rows of the embedding table; see :meth:`LLMEngine.embedding_rows`."""

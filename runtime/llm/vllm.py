@@ -10,7 +10,7 @@ import http.client
 import json
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -78,7 +78,7 @@ class VllmLLM(LLMEngine):
                 received=f"{self.url}/models: {error!r}",
                 expected="the address of its completions endpoint, such as http://localhost:8000/v1",
             ) from error
-        self._require_same_embeddings()
+        require_same_answer(self._model, self.embed, self.vocab_size, self._say_one)
         width = self.embed(np.zeros(1, np.int64)).shape[1]
         return Limits(width, positions, self.vocab_size)
 
@@ -90,26 +90,15 @@ class VllmLLM(LLMEngine):
         """The engine and the server's name of its model, once it is open."""
         return f"{self.name} {self._model or self.url}"
 
-    def _require_same_embeddings(self) -> None:
-        """Ask the same once as token ids and once as the bundle's rows of them; another model answers otherwise."""
-        ids = np.linspace(1, self.vocab_size - 1, 6).astype(np.int64)
-        said = []
-        for prompt in ({"prompt": ids.tolist()}, self._prompt(self.embed(ids))):
-            settings = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "return_token_ids": True}
-            request = prompt | settings | {"model": self._model}
-            try:
-                choice = self._ask("POST", "/completions", request)["choices"][0]
-                said.append((choice["token_ids"], float(choice["logprobs"]["token_logprobs"][0])))
-            except (ValueError, LookupError, TypeError) as error:
-                raise self._broke_off(repr(error)) from error
-        # Half precision moves a log-probability by some hundredths; other embeddings move it by whole numbers.
-        if said[0][0] != said[1][0] or abs(said[0][1] - said[1][1]) > 0.2:
-            raise LLMError(
-                "the language model is not the one that the bundle was exported with",
-                received=f"{self._model} says {said[0]} to token ids, {said[1]} to their embeddings",
-                expected="the same to both",
-                hint=f"serve the language model of the bundle's checkpoint: {_START}",
-            )
+    def _say_one(self, prompt: Array) -> tuple[list[int], float]:
+        """Return the likeliest token behind ids ``[n]`` or rows ``[n, D]``, and its log-probability."""
+        given = {"prompt": prompt.tolist()} if prompt.ndim == 1 else self._prompt(prompt)
+        settings = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "return_token_ids": True}
+        try:
+            choice = self._ask("POST", "/completions", given | settings | {"model": self._model})["choices"][0]
+            return choice["token_ids"], float(choice["logprobs"]["token_logprobs"][0])
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._broke_off(repr(error)) from error
 
     def _prompt(self, rows: Array) -> dict[str, Any]:
         return {"prompt_embeds": base64.b64encode(torch_bytes(rows)).decode()}
@@ -223,6 +212,31 @@ class VllmLLM(LLMEngine):
             connection.close()
             time.sleep(1)
         raise AssertionError("the last try returns or raises")
+
+
+def require_same_answer(
+    model: str, embed: Embed, vocab_size: int, say_one: Callable[[Array], tuple[list[int], float]]
+) -> None:
+    """Raise :class:`LLMError` if a model says something else to token ids than to a bundle's embeddings of them.
+
+    For engines that do not show the rows of their embedding table.
+
+    Args:
+        model: its name.
+        embed: embedding rows of the bundle.
+        vocab_size: how many there are.
+        say_one: token ids ``[n]``, or rows ``[n, D]``, to the token that follows and its log-probability.
+    """
+    ids = np.linspace(1, vocab_size - 1, 6).astype(np.int64)
+    to_ids, to_rows = say_one(ids), say_one(embed(ids))
+    # Half precision moves a log-probability by some hundredths; other embeddings move it by whole numbers.
+    if to_ids[0] != to_rows[0] or abs(to_ids[1] - to_rows[1]) > 0.2:
+        raise LLMError(
+            "the language model is not the one that the bundle was exported with",
+            received=f"{model} says {to_ids} to token ids, {to_rows} to their embeddings",
+            expected="the same to both",
+            hint=f"give vLLM the language model of the bundle's checkpoint: {_START}",
+        )
 
 
 def _has_port(parts: SplitResult) -> bool:

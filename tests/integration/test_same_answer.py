@@ -1,7 +1,8 @@
 """Every engine gives the same greedy answer to a pruned prompt, or parts where two tokens are all but equal.
 
-``FLASHVLM_VLLM_URL`` names a vLLM server of the same language model in float32 (``make vllm-lane`` starts one);
-llama.cpp takes part where it is installed (``make llamacpp-lane`` installs it).
+``FLASHVLM_VLLM_URL`` names a vLLM server of the same language model in float32, ``FLASHVLM_VLLM_TEXT`` a checkpoint of
+it where vLLM itself is installed (``make vllm-lane`` sets both); llama.cpp takes part where it is installed
+(``make llamacpp-lane`` installs it).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.llm.vllm_offline import VllmOfflineLLM
 from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
 
 NEW_TOKENS = 32
@@ -41,7 +43,7 @@ def model(tiny_checkpoint: Path) -> Any:
     return AutoModelForImageTextToText.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", "transformers", "llamacpp", "vllm"])
+@pytest.fixture(scope="module", params=["onnxruntime", "transformers", "llamacpp", "vllm", "vllm offline"])
 def engine(
     request: pytest.FixtureRequest, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pipeline]:
@@ -57,6 +59,15 @@ def engine(
         if "FLASHVLM_VLLM_URL" not in os.environ:
             pytest.skip("no vLLM server is running: make vllm-lane")
         where = f":{os.environ['FLASHVLM_VLLM_URL']}"
+    elif request.param == "vllm offline":
+        if "FLASHVLM_VLLM_TEXT" not in os.environ:
+            pytest.skip("needs an environment with vLLM: make vllm-lane")
+        with Pipeline.open(tiny_bundle, llm=None) as vlm:
+            text, options = Path(os.environ["FLASHVLM_VLLM_TEXT"]), {"dtype": "float32", "enforce_eager": True}
+            vlm.llm = VllmOfflineLLM(text, vlm.embeddings.lookup, vlm.embeddings.vocab_size, options=options)
+            vlm.load()
+            yield vlm
+        return
     with Pipeline.open(tiny_bundle, llm=request.param + where) as vlm:
         yield vlm
 
