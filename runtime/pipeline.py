@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BundleError, ConfigError, UsageError
+from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
@@ -276,7 +276,8 @@ class Pipeline:
             budget, text_span, positions, selector: see :class:`Pruning`.
 
         Raises:
-            BudgetError, ConfigError, ImageError, PromptError, SessionError: nothing was computed for any request.
+            BudgetError, ConfigError, ImageError, LLMError, PromptError, SessionError: nothing was computed for any
+                request.
         """
         pruning = Pruning(budget, text_span, positions, selector)
         return self.encode_each([(request, pruning) for request in requests])
@@ -292,6 +293,8 @@ class Pipeline:
         budgets = [self._check_pruning(pruning) for _, pruning in asked]
         clock = Clock()
         prompts = [self._tokenize(request) for request, _ in asked]
+        for (request, pruning), prompt, budget in zip(asked, prompts, budgets, strict=True):
+            self._check_length(request, pruning, prompt, budget)
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
         wanted = [
             _Wanted(image, self.embeddings.lookup(prompt.text_ids(pruning.text_span), dtype), budget, pruning.selector)
@@ -325,6 +328,27 @@ class Pipeline:
                 expected="a pipeline with selectors",
             )
         return check_budget(self.default_budget if pruning.budget is None else pruning.budget, self.visual_tokens)
+
+    def _check_length(self, request: Request, pruning: Pruning, prompt: TokenizedPrompt, budget: int) -> None:
+        """Raise :class:`LLMError` if the prompt leaves the language model no room to answer, whatever is kept."""
+        if self.llm is None:
+            return
+        images, most = request.all_images, self.llm.limits.max_positions - 1
+        chosen = [len(image.indices) for image in images if isinstance(image, SelectedImage)]
+        text, open_images = len(prompt.token_ids) - len(images), len(images) - len(chosen)
+        gaps = pruning.positions == "original"
+        length = text + (self.visual_tokens * len(images) if gaps else sum(chosen) + budget * open_images)
+        if length <= most:
+            return
+        fitting = (most - text - sum(chosen)) // open_images if open_images else 0
+        raise LLMError(
+            "the prompt is too long for the language model",
+            received=f"{length} positions: {text} of text, {length - text} of {len(images)} image(s)",
+            expected=f"at most {most}, and one for the answer",
+            hint=f"keep at most {fitting} visual tokens of an image, with contiguous positions"
+            if fitting > 0
+            else f"fewer images, or {length - most} tokens less of text",
+        )
 
     def _select(self, wanted: Sequence[_Wanted], clock: Clock) -> list[SelectedImage]:
         """Return what is left of each image; those that are selected alike in batches as large as the graph takes."""

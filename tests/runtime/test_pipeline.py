@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Generator
@@ -12,7 +13,15 @@ import pytest
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BudgetError, BundleError, ConfigError, PromptError, SessionError, UsageError
+from flashvlm_export.errors import (
+    BudgetError,
+    BundleError,
+    ConfigError,
+    LLMError,
+    PromptError,
+    SessionError,
+    UsageError,
+)
 from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
 from flashvlm_export.runtime.sessions.base import VisualOutputs
@@ -127,6 +136,23 @@ def test_a_batch_is_one_run_and_a_request_may_hold_several_images(pipeline: Pipe
     assert [len(prompt.indices) for prompt in (first, second)] == [2, 1]
     alone = pipeline.encode(requests[1:], budget=4)[0]
     np.testing.assert_array_equal(second.indices[0], alone.indices[0])
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_runs(pipeline: Pipeline) -> None:
+    """With the budget that would fit, which then does."""
+    pictures = [picture(seed) for seed in range(70)]
+    with pytest.raises(LLMError, match="too long for the language model") as refused:
+        pipeline.encode([Request(pictures, "What?")], budget=16)
+    with pytest.raises(LLMError, match=r"at most \d+ visual tokens of an image, with contiguous positions"):
+        pipeline.encode([Request(pictures, "What?")], budget=2, positions="original")
+    with pytest.raises(LLMError, match=r"fewer images, or \d+ tokens less of text"):
+        pipeline.encode([Request([picture()], "far " * 1200)], budget=2)
+    assert pipeline.session.runs == 0
+    fitting = int(re.search(r"at most (\d+) visual", str(refused.value)).group(1))
+    with pytest.raises(LLMError):
+        pipeline.encode([Request(pictures, "What?")], budget=fitting + 1)
+    prompt = pipeline.encode([Request(pictures, "What?")], budget=fitting)[0]
+    assert len(prompt.inputs_embeds) < pipeline.llm.limits.max_positions
 
 
 def test_each_request_has_its_own_pruning(pipeline: Pipeline) -> None:
