@@ -35,7 +35,7 @@ from flashvlm_export.export.head_padding import HEAD_SIZE_MULTIPLE, PADDABLE, he
 from flashvlm_export.files import require_free_space, storage_errors
 from flashvlm_export.manifest import DecoderEntry
 
-DecoderPrecision = Literal["fp32", "fp16", "int4"]
+DecoderPrecision = Literal["fp32", "fp16", "int8", "int4"]
 
 MODEL = "model.onnx"
 _SHARD_BYTES = 2 << 30
@@ -54,10 +54,10 @@ _ROPE_TYPES = ("default", "llama3")
 
 # For fp16 on "cpu" the builder writes MultiHeadAttention, whose KV cache is copied at every token; with "cuda" it
 # writes GroupQueryAttention, which updates the cache in place and which ONNX Runtime has for both devices.
-_EXECUTION_PROVIDER = {"fp32": "cpu", "fp16": "cuda", "int4": "cpu"}
+_EXECUTION_PROVIDER = {"fp32": "cpu", "fp16": "cuda", "int8": "cpu", "int4": "cpu"}
 
-# int4: half a byte, and one float32 scale per block of 32.
-_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int4": 0.625}
+# int8 and int4: a byte or half of one, and one float32 scale per block of 32.
+_BYTES_PER_WEIGHT = {"fp32": 4.0, "fp16": 2.0, "int8": 1.125, "int4": 0.625}
 
 # ``prune_lm_head``: only the last position's logits leave the graph, [batch, 1, vocab]. A generator needs no others,
 # and the rest would be a few per cent of the prefill's work and, at 640 tokens and a vocabulary of 152 000, 390 MB. The
@@ -93,8 +93,8 @@ def export_decoder(
             at most 2 GiB, or one tensor if that is larger, are held here. The builder holds them all. Without
             ``lm_head.weight`` the output layer shares the embedding table.
         directory: a folder of the bundle; made if it is not there.
-        precision: ``fp32``, ``fp16`` (inputs and KV cache too; meant for CUDA, runs on a CPU) or ``int4`` (weights in
-            blocks of 32, the rest float32; for CPUs).
+        precision: ``fp32``, ``fp16`` (inputs and KV cache too; meant for CUDA, runs on a CPU), ``int8`` or ``int4``
+            (weights in blocks of 32, the rest float32; for CPUs).
 
     Returns:
         The manifest's entry; ``file`` is relative to the parent of ``directory``.

@@ -108,7 +108,7 @@ class DecoderEntry:
 
     Attributes:
         file: ONNX file below the bundle.
-        precision: ``fp32``, ``fp16`` or ``int4``.
+        precision: ``fp32``, ``fp16``, ``int8`` or ``int4``.
         num_layers: layers of the KV cache.
         num_kv_heads: key/value heads per layer.
         head_size: channels per head.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, get_args
@@ -31,6 +31,7 @@ from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
+from flashvlm_export.runtime.stop_strings import StopStrings
 from flashvlm_export.specs import Array, Precision, check_budget
 
 T = TypeVar("T")
@@ -491,6 +492,8 @@ class Pipeline:
     ) -> Generator[tuple[int | None, str], None, None]:
         """Yield ``(token id, text that it completes)`` of an answer, and at last ``(None, what was held back)``.
 
+        Behind a stop text nothing is yielded, but the tokens of that text are.
+
         For rows of whatever origin; of the pipeline, only the language model has to be open.
 
         Args:
@@ -504,15 +507,19 @@ class Pipeline:
         """
         settings = self.bundle.manifest.prompt
         assert settings is not None  # the constructor refuses such bundles
-        stop = settings.eos_token_ids if stop_token_ids is None else stop_token_ids
-        detokenizer = self.prompts.detokenizer()
-        tokens = self._require_llm().generate(
-            inputs_embeds, params or SamplingParams(), stop_token_ids=stop, positions=positions
-        )
+        params = SamplingParams() if params is None else params
+        end = settings.eos_token_ids if stop_token_ids is None else stop_token_ids
+        detokenizer, stop = self.prompts.detokenizer(), StopStrings(params.stop)
+        llm = self._require_llm()
+        tokens = llm.generate(inputs_embeds, params, stop_token_ids=end, positions=positions)
         with closing(tokens):
             for token in tokens:
-                yield token, detokenizer.feed(token)
-        yield None, detokenizer.flush()
+                yield token, stop.feed(detokenizer.feed(token))
+                if stop.found:
+                    break
+        if stop.found and llm.last_run is not None:  # to the engine, its reader went away
+            llm.last_run = replace(llm.last_run, finish_reason="stop")
+        yield None, stop.feed(detokenizer.flush()) + stop.flush()
 
     def _require_llm(self) -> LLMEngine:
         if self.llm is None:

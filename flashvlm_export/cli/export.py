@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decoder",
-        choices=("auto", "none", "fp32", "fp16", "int4"),
+        choices=("auto", "none", "fp32", "fp16", "int8", "int4"),
         default="auto",
         help="LLM decoder in the bundle; auto = fp32 below a billion parameters, int4 above, none with random weights",
     )

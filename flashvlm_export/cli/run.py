@@ -51,6 +51,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", metavar="K", type=int, default=0, help="sample from the K likeliest tokens; 0 = all")
     parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="sample from this much probability")
     parser.add_argument("--seed", metavar="SEED", type=int, help="of sampling; the same seed gives the same answer")
+    parser.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end the answer before TEXT; repeat for several"
+    )
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +217,7 @@ def sampling_from(args: argparse.Namespace) -> SamplingParams:
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
+        stop=tuple(args.stop or ()),
     )
 
 

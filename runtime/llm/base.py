@@ -27,7 +27,7 @@ E = TypeVar("E", bound="LLMEngine")
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and how many.
+    """How the next token is chosen, and when the answer ends, beside at a stop token.
 
     Attributes:
         max_new_tokens: the answer ends after this many tokens.
@@ -35,6 +35,8 @@ class SamplingParams:
         top_k: choose among this many likeliest tokens; 0 for all.
         top_p: choose among the likeliest tokens that together reach this probability; 1 for all.
         seed: of the random choice; the same seed and prompt give the same answer. ``None`` differs every time.
+        stop: the answer ends before the first of these texts, whichever engine gives it. What an engine yields is
+            tokens, so that the pipeline looks for them.
 
     Raises:
         ConfigError: if a value is out of range.
@@ -45,6 +47,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(_is_int(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
@@ -57,6 +60,8 @@ class SamplingParams:
         _require(_is_int(self.top_k, 0), "top_k", self.top_k, "a whole number from 0; 0 is off")
         _require(_is_real(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and up to 1; 1 is off")
         _require(self.seed is None or _is_int(self.seed, 0), "seed", self.seed, "a whole number from 0, or None")
+        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) and text for text in self.stop)
+        _require(texts, "stop", self.stop, "a tuple of texts, none of them empty")
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,8 @@ class GenerationStats:
         prefill_ms: until the first token was known (the time to first token, from embeddings on).
         decode_ms: all later steps together, without the time the reader took between them; includes the step that
             found a stop token.
-        finish_reason: ``stop`` at a stop token, ``length`` at ``max_new_tokens``, ``closed`` if the reader went away.
+        finish_reason: ``stop`` at a stop token or text, ``length`` at ``max_new_tokens``, ``closed`` if the reader went
+            away.
     """
 
     prompt_tokens: int

@@ -135,7 +135,7 @@ class TestRandom:
         assert caught.value.received == f"random:{seed}"
         assert "random:SEED" in str(caught.value.expected)
 
-    @pytest.mark.parametrize("decoder", ["fp32", "fp16", "int4"])
+    @pytest.mark.parametrize("decoder", ["fp32", "fp16", "int8", "int4"])
     def test_a_decoder_of_random_weights_is_refused(self, decoder: str, tmp_path: Path) -> None:
         settings = ExportSettings("llava-1.5-7b", tmp_path / "out", weights="random", decoder=decoder)
         with pytest.raises(ConfigError, match="random weights"):

@@ -22,7 +22,7 @@ from flashvlm_export.errors import (
     SessionError,
     UsageError,
 )
-from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
+from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine, SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
 from flashvlm_export.runtime.sessions.base import VisualOutputs
 from flashvlm_export.runtime.sessions.fake import FakeSession
@@ -194,6 +194,28 @@ def test_answer_carries_text_tokens_and_times(pipeline: Pipeline) -> None:
     }
     assert all(ms >= 0 for ms in answer.stage_ms.values())
     np.testing.assert_array_equal(pipeline.llm.inputs_embeds, answer.prompt.inputs_embeds)
+
+
+def test_an_answer_ends_before_a_stop_text(pipeline: Pipeline) -> None:
+    whole = pipeline.ask(picture(), "What is it?", budget=3)
+    texts = [pipeline.prompts.tokenizer.decode([token]) for token in whole.token_ids]
+    assert len(set(texts)) == 3
+    assert all(texts)
+    second = whole.text.index(texts[1].strip())
+    cut = pipeline.ask(picture(), "What is it?", budget=3, params=SamplingParams(stop=("never", texts[1].strip())))
+    assert cut.text == whole.text[:second]
+    assert cut.token_ids == whole.token_ids[:2]
+    assert cut.stats.finish_reason == "stop"
+    # What might have been the beginning of a stop text, and was none, comes in the end.
+    kept = pipeline.ask(picture(), "What is it?", params=SamplingParams(stop=(whole.text[-1] + "?",)))
+    assert kept.text == whole.text
+    assert kept.stats.finish_reason == "stop"  # the scripted engine ends by itself
+
+
+@pytest.mark.parametrize("stop", [("",), "text", ("a", 3), ["a"]])
+def test_stop_texts_that_are_none(stop: object) -> None:
+    with pytest.raises(ConfigError, match="stop"):
+        SamplingParams(stop=stop)
 
 
 @pytest.mark.parametrize("budget", [0, -1, 17, "5", 2.5])
