@@ -6,7 +6,9 @@ round that does not count, each round about another picture, so that no engine h
 ratios. ``same`` counts the tokens up to the first that differs from the first engine's.
 
 ``second question`` is the same image asked again through encoder and selector as graphs of their own, which pays
-selection and prefill, beside the first question and beside the fused graph.
+selection and prefill, beside the first question and beside the fused graph. ``cache`` is the memory that keys and
+values of the prompt take in the bundle's decoder: counted from its shapes, and as what is resident with the cache kept
+beyond what is resident without it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from output import finish
 
 from flashvlm_export.bundle import Bundle
@@ -99,6 +102,18 @@ def cache_bytes(decoder: DecoderEntry, positions: int) -> int:
     return 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_size * positions * size
 
 
+def measure_cache(engine: LLMEngine, rows: Array, positions: Array) -> int:
+    """Return bytes that are resident beyond those without it while the engine keeps what it computed of a prompt."""
+    resident = []
+    for keep in (False, True):  # the first run leaves everything else as the second does
+        engine.reuse_prefix = keep
+        for _ in engine.generate(rows, SamplingParams(max_new_tokens=1), stop_token_ids=(), positions=positions):
+            pass
+        resident.append(psutil.Process().memory_info().rss)
+    engine.reuse_prefix = False
+    return int(resident[1] - resident[0])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -125,6 +140,16 @@ def main() -> int:
             name, _, where = wanted.partition(":")
             engines[f"{name} {Path(where).name}".strip()] = engine
         rows = measure_engines(engines, rounds, args.new_tokens)
+        decoder, prompts = bundle.manifest.decoder, rounds[-1]
+        own = engines.get("onnxruntime")
+        cache = {
+            budget: {
+                "positions": len(prompt.inputs_embeds),
+                "counted_bytes": cache_bytes(decoder, len(prompt.inputs_embeds)),
+                "resident_bytes": measure_cache(own, prompt.inputs_embeds, prompt.positions),
+            }
+            for budget, prompt in (prompts.items() if own is not None and decoder is not None else ())
+        }
     print(f"{'engine':32}{'budget':>8}{'prompt':>8}{'prefill, ms':>14}{'tokens/s':>10}{'same':>6}", file=sys.stderr)
     for row in rows:
         print(
@@ -137,7 +162,12 @@ def main() -> int:
         f"{second['first_ms']:.0f} ms, the second question {second['second_ms']:.0f} ms",
         file=sys.stderr,
     )
-    decoder = bundle.manifest.decoder
+    for budget, sizes in cache.items():
+        print(
+            f"keys and values at {budget} tokens, {sizes['positions']} positions: "
+            f"{sizes['counted_bytes'] / 1e6:.1f} MB counted, {sizes['resident_bytes'] / 1e6:.1f} MB resident",
+            file=sys.stderr,
+        )
     result = {
         "benchmark": "llm_engines",
         "model": bundle.manifest.source.model,
@@ -146,7 +176,7 @@ def main() -> int:
         "repeats": args.repeats,
         "rows": rows,
         "second_question": second,
-        "cache_bytes": decoder and {b: cache_bytes(decoder, len(rounds[-1][b].inputs_embeds)) for b in budgets},
+        "cache": cache,
     }
     finish(result, args.output)
     return 0

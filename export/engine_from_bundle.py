@@ -25,6 +25,7 @@ from flashvlm_export.errors import ConfigError, DependencyError, StorageError, T
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
 from flashvlm_export.gpu import Gpu, gpu_at_hand
+from flashvlm_export.memory import available_bytes
 from flashvlm_export.profiles import Profile, format_profile, resolve_profiles
 from flashvlm_export.progress import Progress
 from flashvlm_export.specs import Precision
@@ -241,8 +242,7 @@ def _memory_bytes(weights_bytes: int) -> int:
 
 def _require_memory(weights_bytes: int) -> None:
     """Raise :class:`TargetError` where the build would be killed half-way."""
-    meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    available = available_bytes()
     if available < _memory_bytes(weights_bytes):
         raise TargetError(
             "not enough memory to build this engine",

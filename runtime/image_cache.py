@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from flashvlm_export.errors import ConfigError
+from flashvlm_export.memory import physical_bytes
 from flashvlm_export.runtime.sessions.split import EncodedImage
 
 
@@ -25,13 +26,15 @@ class ImageCache:
     An image that alone is larger is not kept.
 
     Raises:
-        ConfigError: if ``limit_bytes`` is negative.
+        ConfigError: if ``limit_bytes`` is negative, or more than this machine has.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
+        if not 0 <= limit_bytes <= physical_bytes():
             raise ConfigError(
-                "the cache of images cannot be smaller than nothing", received=limit_bytes, expected="0 bytes or more"
+                "the cache of images does not fit into memory",
+                received=f"{limit_bytes} bytes",
+                expected=f"0 to {physical_bytes()}, which this machine has",
             )
         self.limit_bytes = limit_bytes
         self._images: OrderedDict[str, EncodedImage] = OrderedDict()

@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Ask, stream the answers, print times."""
     from flashvlm_export.runtime.chat import Chat
+    from flashvlm_export.runtime.pipeline import Pruning
 
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)
@@ -53,15 +54,8 @@ def run(args: argparse.Namespace) -> None:
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline_from(args, bundle) as vlm:
-        chat = Chat(
-            vlm,
-            reselect=args.reselect,
-            budget=budget_from(args),
-            system=args.system,
-            text_span=args.text_span,
-            positions=args.positions,
-            selector=selector,
-        )
+        pruning = Pruning(budget_from(args), args.text_span, args.positions, selector)
+        chat = Chat(vlm, pruning, reselect=args.reselect, system=args.system)
         images = [_picture(path) for path in args.image]
         by_hand = args.prompt is None and sys.stdin.isatty()
         for text in args.prompt or _lines(by_hand):

@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 from flashvlm_export.gpu import gpu_at_hand
+from flashvlm_export.memory import physical_bytes
 from flashvlm_export.report.records import Environment
 
 _PACKAGES = (
@@ -34,7 +35,7 @@ def describe_environment() -> Environment:
     return Environment(
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)),
-        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        memory_bytes=physical_bytes(),
         gpu=None if gpu is None else gpu.name,
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         versions=versions,

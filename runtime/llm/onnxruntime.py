@@ -11,6 +11,7 @@ token in int4 instead of 15 ms with caches fed back as outputs (fp32: 27 instead
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import numpy as np
 
 from flashvlm_export.errors import LLMError, SessionError
 from flashvlm_export.manifest import DecoderEntry
+from flashvlm_export.memory import physical_bytes
 from flashvlm_export.ort import ort_session
 from flashvlm_export.runtime.llm.base import (
     Capabilities,
@@ -242,9 +244,19 @@ class OnnxRuntimeLLM(LLMEngine):
         """Return zeros for each half of each layer, with a slot per answer."""
         from onnxruntime import OrtValue
 
-        shape = (self.max_answers, self.entry.num_kv_heads, capacity, self.entry.head_size)
-        arrays = [np.zeros(shape, self._dtype) for _ in self._cache_names()]
-        return _Cache(arrays, [OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in arrays])
+        shape, names = (self.max_answers, self.entry.num_kv_heads, capacity, self.entry.head_size), self._cache_names()
+        size = len(names) * math.prod(shape) * np.dtype(self._dtype).itemsize
+        try:
+            if size > physical_bytes():
+                raise MemoryError("more than this machine has")
+            arrays = [np.zeros(shape, self._dtype) for _ in names]
+            return _Cache(arrays, [OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in arrays])
+        except Exception as error:  # ONNX Runtime's errors have no common base
+            raise LLMError(
+                "there is no memory for keys and values",
+                received=f"{size} bytes for {self.max_answers} answer(s) of {capacity} positions: {error}",
+                hint="fewer answers at once, a smaller budget, fewer new tokens, or a decoder in fp16",
+            ) from error
 
     def _binding(self, first: int, count: int) -> Any:
         """Return what runs ``count`` slots from ``first`` on, their cache bound as what is read and what is written."""

@@ -15,7 +15,7 @@ from flashvlm_export.cli import main
 from flashvlm_export.errors import LLMError, UsageError
 from flashvlm_export.runtime.chat import Chat
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Exchange, Pipeline, Request
+from flashvlm_export.runtime.pipeline import Exchange, Pipeline, Pruning, Request
 
 PARAMS = SamplingParams(max_new_tokens=6)
 
@@ -31,7 +31,7 @@ def picture(seed: int) -> np.ndarray:
 
 
 def test_a_conversation_is_one_prompt(vlm: Pipeline) -> None:
-    chat = Chat(vlm, budget=5, text_span="question")
+    chat = Chat(vlm, Pruning(5, "question"))
     first = chat.ask("What is it?", [picture(0)], params=PARAMS)
     second = chat.ask("And this one?", [picture(1)], params=PARAMS)
     third = chat.ask("Which is older?", params=PARAMS)
@@ -53,7 +53,7 @@ def test_a_conversation_is_one_prompt(vlm: Pipeline) -> None:
 def test_what_is_known_is_not_computed_again(vlm: Pipeline) -> None:
     """Each answer is that of a pipeline that has never heard the conversation."""
     for reselect in (False, True):
-        chat = Chat(vlm, budget=5, text_span="question", reselect=reselect)
+        chat = Chat(vlm, Pruning(5, "question"), reselect=reselect)
         previous = chat.ask("What is it?", [picture(0)], params=PARAMS)
         for question in ("Is there a cat?", "What does it do?"):
             exchanges = list(chat.exchanges)
@@ -76,7 +76,7 @@ def test_what_is_known_is_not_computed_again(vlm: Pipeline) -> None:
 def test_images_are_chosen_anew_where_that_is_asked_for(vlm: Pipeline) -> None:
     kept = {}
     for reselect in (False, True):
-        chat = Chat(vlm, budget=5, text_span="question", reselect=reselect)
+        chat = Chat(vlm, Pruning(5, "question"), reselect=reselect)
         chat.ask("What is it?", [picture(0)], params=PARAMS)
         answer = chat.ask("How many stripes has the zebra on the left?", params=PARAMS)
         kept[reselect] = answer.prompt.indices[0].tolist()
@@ -88,7 +88,7 @@ def test_images_are_chosen_anew_where_that_is_asked_for(vlm: Pipeline) -> None:
 
 
 def test_a_question_that_fails_leaves_the_conversation(vlm: Pipeline) -> None:
-    chat = Chat(vlm, budget=5)
+    chat = Chat(vlm, Pruning(5))
     with pytest.raises(UsageError, match="without images"):
         chat.ask("What is it?", params=PARAMS)
     chat.ask("What is it?", [picture(0)], params=PARAMS)

@@ -409,6 +409,15 @@ def test_an_answer_that_ends_leaves_the_others_alone(fp32: Exported) -> None:
         assert said + list(left) == expected
 
 
+def test_a_cache_that_no_memory_holds_is_refused(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fp32.engine() as engine:
+        engine.max_answers = 10**9
+        with pytest.raises(LLMError, match=r"\d+ bytes for 1000000000 answer\(s\) of 98 positions"):
+            answer(engine, prompts()[3])
+        engine.max_answers = 2
+        assert answer(engine, prompts()[3]) == fp32.reference(prompts()[3])
+
+
 def test_time_spent_while_another_answer_was_asked_for_counts(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(max_new_tokens=4)
     with fp32.engine() as engine:

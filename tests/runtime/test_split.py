@@ -156,8 +156,9 @@ def test_an_image_beyond_the_cache_is_not_kept() -> None:
     cache.put("a", encoded(40))
     cache.put("b", encoded(101))
     assert [cache.get(key) is not None for key in ("a", "b")] == [True, False]
-    with pytest.raises(ConfigError, match="smaller than nothing"):
-        ImageCache(-1)
+    for size in (-1, 1 << 60):
+        with pytest.raises(ConfigError, match="does not fit into memory"):
+            ImageCache(size)
 
 
 def test_keys_tell_images_apart(tmp_path: Path) -> None:
