@@ -170,3 +170,18 @@ def test_what_is_no_address(url: str) -> None:
 def test_a_server_with_another_model_is_refused(served: Served) -> None:
     with pytest.raises(LLMError, match=r"(?s)not the one that the bundle.*tiny says"):
         engine(served, scale=-1.0).open()
+
+
+def test_several_answers_are_under_way_each_over_its_own_connection(served: Served) -> None:
+    """The second breaks off half-way, which leaves the others alone."""
+    with engine(served) as llm:
+        llm.max_answers = 3
+        served.faults[:] = ["", "break", ""]
+        prompts = [prompt(length) for length in (5, 20, 33)]
+        streams = [llm.generate(rows, SamplingParams(max_new_tokens=12), stop_token_ids=()) for rows in prompts]
+        said = [[next(stream)] for stream in streams]
+        with pytest.raises(LLMError, match="broke off"):
+            list(streams[1])
+        for place in (2, 0):
+            said[place].extend(streams[place])
+            assert said[place] == expected(served, prompts[place])
