@@ -5,7 +5,8 @@ and the encoder are matrix products, which company hardly helps. Each client ask
 answer to the last. Questions differ in picture, words and budget; first each is answered alone, which gives the rate of
 one at a time and the tokens that every later answer is compared with.
 
-Exit code 1 if an answer is lost or differs from the one that its request got alone.
+Exit code 1 if an answer is lost or differs from the one that its request got alone. Products of several answers sum in
+another order than those of one: in float32 no difference is expected, in float16 or int4 near ties can make one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from output import finish
 
+from flashvlm_export.errors import FlashVLMError
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Answer, Pipeline, Pruning, Request
 from flashvlm_export.runtime.service import Service
@@ -63,9 +65,12 @@ def ask_at_once(
     max_answers: int,
     max_wait_ms: float,
 ) -> tuple[list[list[int] | None], list[float], float]:
-    """Let ``clients`` threads share the questions; return tokens and latency in ms of each, and seconds in all."""
+    """Let ``clients`` threads share the questions; return tokens and latency in ms of each, and seconds in all.
+
+    An answer that is lost has neither.
+    """
     said: list[list[int] | None] = [None] * len(asked)
-    latency_ms = [float("nan")] * len(asked)
+    latency_ms: list[float] = []
     left = deque(range(len(asked)))
 
     def client(service: Service) -> None:
@@ -75,8 +80,12 @@ def ask_at_once(
             except IndexError:
                 return
             start = time.perf_counter()
-            said[place] = service.submit(*asked[place], params).result().token_ids
-            latency_ms[place] = (time.perf_counter() - start) * 1e3
+            try:
+                said[place] = service.submit(*asked[place], params).result().token_ids
+            except FlashVLMError as error:
+                print(f"question {place}: {error}", file=sys.stderr)
+                continue
+            latency_ms.append((time.perf_counter() - start) * 1e3)
 
     with Service(vlm, max_answers=max_answers, max_wait_ms=max_wait_ms, max_queue=clients) as service:
         threads = [threading.Thread(target=client, args=(service,)) for _ in range(clients)]
@@ -148,13 +157,14 @@ def main() -> int:
             said, latency_ms, seconds = ask_at_once(
                 vlm, asked, params, clients=clients, max_answers=args.max_answers, max_wait_ms=args.max_wait_ms
             )
+            tokens = sum(len(one) for one in said if one is not None)
             figures = row(clients, latency_ms, tokens, seconds)
-            figures["different_answers"] = sum(one != other for one, other in zip(said, expected, strict=True))
-            wrong += int(figures["different_answers"])
+            figures["lost_or_different"] = sum(one != other for one, other in zip(said, expected, strict=True))
+            wrong += int(figures["lost_or_different"])
             result["rows"].append(figures)
             show(f"{clients} client{'s' * (clients > 1)}", figures, alone)
         if wrong:
-            print(f"{wrong} answers differ from those of each request alone", file=sys.stderr)
+            print(f"{wrong} answers are lost or differ from those of each request alone", file=sys.stderr)
         result |= {
             "model": vlm.bundle.manifest.source.model,
             "llm": args.llm,

@@ -48,7 +48,7 @@ from flashvlm_export.selection import Selector, get_selector
 from flashvlm_export.specs import Precision
 from flashvlm_export.tensorrt_api import is_installed
 
-DecoderChoice = Literal["auto", "none", "fp32", "fp16", "int4"]
+DecoderChoice = Literal["auto", "none", "fp32", "fp16", "int8", "int4"]
 EngineCheck = Literal["auto", "off", "required"]
 
 # Below this many parameters a float32 decoder is small and fast enough anywhere; above it, int4 is what fits.
@@ -281,7 +281,7 @@ def _size_bytes(settings: ExportSettings, adapter: Adapter, decoder: DecoderChoi
     encoder = sum(parameter.numel() for parameter in adapter.encoder(needs_saliency=True).parameters())
     graphs = sum(encoder * (4 if precision is Precision.FP32 else 2) for precision in settings.precisions)
     # The decoder's weights are laid out once as a checkpoint for the model builder, then written again.
-    bytes_per_weight = {"none": 0, "auto": 0, "fp32": 8, "fp16": 6, "int4": 5}[decoder]
+    bytes_per_weight = {"none": 0, "auto": 0, "fp32": 8, "fp16": 6, "int8": 6, "int4": 5}[decoder]
     llm_bytes = bytes_per_weight and bytes_per_weight * count_text_parameters(adapter)
     return graphs + adapter.vocab_size * adapter.dims.llm_width * 4 + llm_bytes + (32 << 20)
 

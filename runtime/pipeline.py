@@ -341,7 +341,7 @@ class Pipeline:
         length = text + (self.visual_tokens * len(images) if gaps else sum(chosen) + budget * open_images)
         if length <= most:
             return
-        fitting = (most - text - sum(chosen)) // open_images if open_images else 0
+        fitting = min((most - text - sum(chosen)) // open_images, self.visual_tokens) if open_images else 0
         raise LLMError(
             "the prompt is too long for the language model",
             received=f"{length} positions: {text} of text, {length - text} of {len(images)} image(s)",
@@ -448,6 +448,10 @@ class Pipeline:
                     yield None
         stats = self._require_llm().last_run
         assert stats is not None  # the stream ran to its end
+        if stats.finish_reason == "closed":
+            raise LLMError(
+                "the language model was closed in the middle of an answer", received=f"{len(pairs) - 1} tokens"
+            )
         yield Answer(
             text="".join(piece for _, piece in pairs),
             token_ids=[token for token, _ in pairs if token is not None],

@@ -22,6 +22,8 @@ from flashvlm_export.errors import ConfigError, QueueFullError, SessionError, Us
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Answer, Pipeline, Pruning, Request
 
+_LONGEST_WAIT_MS = 3_600_000.0
+
 
 @dataclass(eq=False)
 class _Job:
@@ -65,7 +67,7 @@ class Service:
         max_answers: answers under way at once; above 1 for engines with the capability ``batch``. Each takes memory
             for keys and values of its prompt and answer.
         max_wait_ms: how long a request waits, when nothing is under way, for others to be encoded with.
-        max_queue: requests that wait for their turn; one more is refused.
+        max_queue: requests that wait beside those that there is room for; one more is refused.
 
     Raises:
         ConfigError: if a number is out of range, or the engine answers one at a time.
@@ -76,10 +78,12 @@ class Service:
         llm = vlm.llm
         if llm is None:
             raise UsageError("this pipeline was opened without a language model", expected="one that has")
-        least = {"max_answers": (max_answers, 1), "max_wait_ms": (max_wait_ms, 0), "max_queue": (max_queue, 1)}
-        for name, (value, minimum) in least.items():
-            if not value >= minimum:
-                raise ConfigError(f"service: {name} is out of range", received=value, expected=f"{minimum} or more")
+        for name, count in (("max_answers", max_answers), ("max_queue", max_queue)):
+            if not isinstance(count, int) or count < 1:
+                raise ConfigError(f"service: {name} is out of range", received=count, expected="a whole number from 1")
+        if not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
+            expected = f"0 to {_LONGEST_WAIT_MS:.0f}"
+            raise ConfigError("service: max_wait_ms is out of range", received=max_wait_ms, expected=expected)
         if max_answers > 1 and not llm.capabilities.batch:
             raise ConfigError(
                 f"the engine '{llm.name}' works on one answer at a time",
@@ -111,11 +115,12 @@ class Service:
         """Put a request into the queue, from any thread, and return its future at once.
 
         Args:
-            request: what is asked.
+            request: what is asked. Arrays and Pillow images are read when the request is taken up: hand over ones that
+                do not change.
             pruning: of its images; the defaults without.
             params: how to choose tokens; greedy without.
-            on_text: hears each piece of text, on the service's thread: everything waits for it to return,
-                so it must not wait for another answer.
+            on_text: hears each piece of text, on the service's thread, as the future's callbacks are:
+                everything waits for them to return, so they must not wait for another answer.
 
         Returns:
             The answer to come, whose ``stage_ms`` has the time in the queue too; or what :meth:`Pipeline.encode_each`,
@@ -131,11 +136,11 @@ class Service:
             if self._closing:
                 raise UsageError("the service is closed", expected="one that is open")
             self._drop_cancelled()
-            if len(self._waiting) >= self.max_queue:
+            if len(self._waiting) + len(self._under_way) >= self.max_queue + self.max_answers:
                 raise QueueFullError(
                     "too many requests are waiting",
                     received=f"one more than {self.max_queue}",
-                    expected=f"at most {self.max_queue} at once, with {self.max_answers} under way",
+                    expected=f"at most {self.max_queue}, beside {self.max_answers} under way",
                     hint="ask again later; for bursts a larger max_queue, for more in the same time a smaller budget",
                 )
             self._waiting.append(job)
@@ -143,15 +148,30 @@ class Service:
         return job.future
 
     def close(self, *, finish: bool = True) -> None:
-        """Take no more requests, and return when those that were taken are answered, or else cancelled."""
+        """Take no more requests, and return when those that were taken are answered, or else cancelled.
+
+        An interrupt while it waits cancels the rest.
+
+        Raises:
+            UsageError: if the service's own thread calls it, from ``on_text`` or a callback.
+        """
+        if threading.current_thread() is self._thread:
+            raise UsageError("a service cannot wait for its own thread", expected="close() from another thread")
+        self._end(finish)
+        try:
+            self._thread.join()
+        except BaseException:
+            self._end(finish=False)
+            self._thread.join()
+            raise
+        self._llm.max_answers = 1
+
+    def _end(self, finish: bool) -> None:
         with self._changed:
             self._closing = True
-            if not finish:
-                for job in (*self._waiting, *self._under_way):
-                    job.future.cancel()
+            for job in () if finish else (*self._waiting, *self._under_way):
+                job.future.cancel()
             self._changed.notify()
-        self._thread.join()
-        self._llm.max_answers = 1
 
     def _work(self) -> None:
         try:

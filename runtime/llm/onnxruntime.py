@@ -161,8 +161,8 @@ class OnnxRuntimeLLM(LLMEngine):
         answer = _Answer(generation, [rows], [generation.positions])
         try:
             past = self._make_room(generation, len(rows) + generation.params.max_new_tokens)
-            given, places = rows[past:][None], generation.positions[past:][None]
-            answer.logits = self._run(slot, given, places, np.array([len(rows)]))[0]
+            new, places = rows[past:][None], generation.positions[past:][None]
+            answer.logits = self._run(slot, new, places, np.array([len(rows)]))[0]
             answer.past = len(rows)
             self._answers[slot] = answer
             while True:
@@ -174,27 +174,30 @@ class OnnxRuntimeLLM(LLMEngine):
                 yield answer.token
         finally:
             self._answers.pop(slot, None)
-            if self.max_answers == 1 and not self.reuse_prefix:
+            # On a GPU a cache for several answers takes seconds to make.
+            if not (self._answers or self._keeps_prefix or (self._on_gpu and self.max_answers > 1)):
                 self._cache = None
             self._remember(answer.rows, answer.places, answer.past)
 
     def _step(self, asked: _Answer) -> None:
         """Compute the logits of every answer that waits for some, ``asked`` among them, in one run."""
         start = time.perf_counter()
-        count = max(self._answers) + 1
-        # A free slot has one row, which nobody reads. An answer that does not wait has its token run too, at a place
-        # where the same token is run again once it does.
+        first, count = min(self._answers), max(self._answers) - min(self._answers) + 1
+        # A free slot has one row, which nobody reads. An answer that does not wait has some token run at its next
+        # place, which its next token is written over.
         tokens, places, lengths = np.zeros(count, np.int64), np.zeros((count, 1), np.int64), np.ones(count, np.int64)
         for slot, answer in self._answers.items():
-            tokens[slot], places[slot], lengths[slot] = answer.token, answer.places[-1][-1] + 1, answer.past + 1
+            at = slot - first
+            tokens[at], places[at], lengths[at] = answer.token, answer.places[-1][-1] + 1, answer.past + 1
         rows = self.embed(tokens)
-        logits = self._run(0, rows[:, None], places, lengths)
+        logits = self._run(first, rows[:, None], places, lengths)
         spent_ms = (time.perf_counter() - start) * 1e3
         for slot, answer in self._answers.items():
             if answer.waits:
-                answer.logits = logits[slot]
-                answer.rows.append(rows[slot : slot + 1])
-                answer.places.append(places[slot])
+                at = slot - first
+                answer.logits = logits[at]
+                answer.rows.append(rows[at : at + 1])
+                answer.places.append(places[at])
                 answer.past += 1
                 answer.generation.elsewhere_ms += spent_ms if answer is not asked else 0
 
@@ -208,11 +211,15 @@ class OnnxRuntimeLLM(LLMEngine):
             capacity = most  # buffers there cannot be copied into each other from here
         elif self.max_answers > 1 or self.reuse_prefix:
             capacity = min(2 * needed, most)  # the next prompt is longer
+        if old is not None and self._answers:
+            capacity = max(capacity, old.capacity)
         cache = self._allocate(capacity)
         if self._on_gpu:
             generation.reused_tokens = past = 0
+        held = {slot: answer.past for slot, answer in self._answers.items()} or {0: past}
         for target, source in zip(cache.arrays, old.arrays if old is not None else (), strict=False):
-            target[: len(source), :, : source.shape[2]] = source[: len(target)]
+            for slot, count in held.items():
+                target[slot, :, :count] = source[slot, :, :count]
         self._cache = cache
         return past
 
@@ -247,7 +254,7 @@ class OnnxRuntimeLLM(LLMEngine):
         shape, names = (self.max_answers, self.entry.num_kv_heads, capacity, self.entry.head_size), self._cache_names()
         size = len(names) * math.prod(shape) * np.dtype(self._dtype).itemsize
         try:
-            if size > physical_bytes():
+            if not self._on_gpu and size > physical_bytes():
                 raise MemoryError("more than this machine has")
             arrays = [np.zeros(shape, self._dtype) for _ in names]
             return _Cache(arrays, [OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in arrays])
@@ -298,6 +305,6 @@ class OnnxRuntimeLLM(LLMEngine):
                 "the embeddings are too large for a decoder in half precision",
                 received=f"magnitudes up to {np.abs(rows).max():.3g}",
                 expected="up to 65504",
-                hint="use a decoder in fp32 or int4",
+                hint="use a decoder in fp32, int8 or int4",
             )
         return converted

@@ -61,7 +61,7 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
             "the bundle has no language model to answer with",
             received=str(bundle.path),
             expected="a bundle with an LLM decoder",
-            hint="export it with --decoder int4 (or fp16, fp32), run another engine with --llm, or run with "
+            hint="export it with --decoder int4 (or int8, fp16, fp32), run another engine with --llm, or run with "
             "--visual-only",
         )
     return OnnxRuntimeLLM(

@@ -25,7 +25,7 @@ class Sampler:
         if not logits.max() < np.inf:  # NaN wins any maximum and loses any comparison
             raise LLMError(
                 "the language model's logits contain NaN or infinity",
-                hint="half precision may have overflowed: use a decoder in another precision (fp32 or int4)",
+                hint="half precision may have overflowed: use a decoder in another precision (fp32, int8 or int4)",
             )
         if self.params.temperature == 0:
             return int(logits.argmax())

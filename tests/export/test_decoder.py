@@ -230,8 +230,8 @@ def test_what_has_no_onnx_form_is_refused_before_weights_are_read(config: Any, m
 
 
 def test_unknown_precision(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="int8"):
-        export_decoder(LlamaConfig(**SIZES), untouched(), tmp_path / "llm", "int8")
+    with pytest.raises(ConfigError, match="int3"):
+        export_decoder(LlamaConfig(**SIZES), untouched(), tmp_path / "llm", "int3")
 
 
 def test_missing_builder_names_the_pip_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_every_other_selector_exports_with_the_same_checks(
     assert json.loads(capsys.readouterr().out)["answers"][0]["kept_tokens"] == 5
 
 
+def test_a_decoder_in_eight_bits_answers(
+    tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    export = ["export", str(tiny_checkpoint), "--output", str(bundle), "--precision", "fp32", "--engine-check", "off"]
+    assert main([*export, "--decoder", "int8"]) == 0
+    assert Bundle.open(bundle).manifest.decoder.precision == "int8"
+    capsys.readouterr()
+    run = ["run", str(bundle), "--image", str(photo), "--prompt", "What is it?", "--max-tokens", "7", "--json"]
+    assert main(run) == 0
+    assert 0 < json.loads(capsys.readouterr().out)["answers"][0]["new_tokens"] <= 7
+
+
 @pytest.mark.parametrize(
     ("extra", "code", "message"),
     [

@@ -379,8 +379,7 @@ def test_answers_under_way_at_once_are_those_of_each_alone(fp32: Exported, monke
                 else:
                     said[name].append(token)
     assert said == expected
-    steps = [rows for rows, length, _ in runs if length == 1]
-    assert steps.count(3) > 20, "answers were computed one by one"
+    # One run for each prompt, and fewer for the rest than tokens: answers were not computed one by one.
     assert len(runs) < sum(map(len, said.values())) * 0.6
 
 
@@ -409,7 +408,7 @@ def test_an_answer_that_ends_leaves_the_others_alone(fp32: Exported) -> None:
         assert said + list(left) == expected
 
 
-def test_a_cache_that_no_memory_holds_is_refused(fp32: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_no_memory_holds_is_refused(fp32: Exported) -> None:
     with fp32.engine() as engine:
         engine.max_answers = 10**9
         with pytest.raises(LLMError, match=r"\d+ bytes for 1000000000 answer\(s\) of 98 positions"):
@@ -423,7 +422,7 @@ def test_time_spent_while_another_answer_was_asked_for_counts(fp32: Exported, mo
     with fp32.engine() as engine:
         engine.max_answers = 2
         run = engine._run
-        monkeypatch.setattr(engine, "_run", lambda *given: (time.sleep(0.02), run(*given))[1])
+        monkeypatch.setattr(engine, "_run", lambda *given: (time.sleep(0.1), run(*given))[1])
         first, second = (engine.generate(prompts()[1], params, stop_token_ids=()) for _ in range(2))
         spent = []
         for _ in range(4):
@@ -433,5 +432,5 @@ def test_time_spent_while_another_answer_was_asked_for_counts(fp32: Exported, mo
             assert next(stream, None) is None
             assert engine.last_run is not None
             spent.append(engine.last_run.decode_ms)
-    # Three steps of 20 ms or more, which both answers took part in.
-    assert min(spent) >= 60
+    # Three steps of 100 ms and a bit, which both answers took part in; counted twice, they would be six.
+    assert 300 <= min(spent) <= max(spent) < 550

@@ -21,6 +21,7 @@ from flashvlm_export.errors import (
     SessionError,
     UsageError,
 )
+from flashvlm_export.runtime.chat import Chat
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Pruning, Request
@@ -140,13 +141,37 @@ def test_errors_stay_with_their_request(vlm: Pipeline, tmp_path: Path) -> None:
     assert [futures[index].result(0).token_ids for index in (0, 5)] == [expected] * 2
 
 
+def test_a_step_that_fails_for_several_answers_is_told_to_each_and_to_no_later_one(
+    vlm: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = vlm.answer(vlm.encode([question()])[0], SamplingParams(6)).token_ids
+    run, failing = OnnxRuntimeLLM._run, threading.Event()
+    failing.set()
+
+    def breaking(self: OnnxRuntimeLLM, slot: int, rows: Array, *rest: Array) -> Array:
+        if failing.is_set() and len(rows) > 1:
+            raise LLMError("no memory for two")
+        return run(self, slot, rows, *rest)
+
+    monkeypatch.setattr(OnnxRuntimeLLM, "_run", breaking)
+    with Service(vlm, max_answers=2, max_wait_ms=WAIT_S * 1e3) as service:
+        pair = [service.submit(question(), params=SamplingParams(6)) for _ in range(2)]
+        wait(pair, WAIT_S)
+        # The first is asked for a token of both; alone, the second goes on.
+        assert isinstance(pair[0].exception(0), LLMError)
+        assert pair[1].result(0).token_ids == expected
+        failing.clear()
+        pair = [service.submit(question(), params=SamplingParams(6)) for _ in range(2)]
+        assert [future.result(WAIT_S).token_ids for future in pair] == [expected] * 2
+
+
 def test_a_full_queue_refuses_and_cancelling_makes_room(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(vlm, monkeypatch)
     with Service(vlm, max_answers=1, max_queue=2) as service:
         first = service.submit(question())
         assert gate.reached.wait(WAIT_S)
         second, third = service.submit(question()), service.submit(question(), params=SamplingParams(3))
-        with pytest.raises(QueueFullError, match="at most 2 at once"):
+        with pytest.raises(QueueFullError, match="at most 2, beside 1 under way"):
             service.submit(question())
         assert second.cancel()
         fourth = service.submit(question(), params=SamplingParams(2))
@@ -182,6 +207,41 @@ def test_requests_wait_for_company_as_long_as_the_caller_says(vlm: Pipeline, mon
         alone = service.submit(question(), params=params).result(WAIT_S)
         assert alone.stage_ms["queue"] >= 100
     assert gate.sizes == [2, 1]
+
+
+def test_services_and_chats_take_turns_on_one_pipeline(vlm: Pipeline) -> None:
+    """Each leaves a cache for keys and values of its own shape, or none."""
+    expected = vlm.ask(picture(0), QUESTIONS[0], params=SamplingParams(5)).token_ids
+    chat = Chat(vlm)
+    chat.ask(QUESTIONS[0], [picture(0)], params=SamplingParams(300))
+    for max_answers, new_tokens in ((2, 200), (4, 5), (3, 400), (1, 5)):
+        with Service(vlm, max_answers=max_answers) as service:
+            futures = [service.submit(question(), params=SamplingParams(new_tokens)) for _ in range(5)]
+            assert [future.result(WAIT_S).token_ids[:5] for future in futures] == [expected] * 5
+        assert chat.ask(QUESTIONS[1], params=SamplingParams(5)).token_ids
+
+
+def test_an_interrupted_close_cancels_what_is_left(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(vlm, max_answers=2)
+    futures = [service.submit(question(seed), params=LONG) for seed in range(3)]
+    join, calls = service._thread.join, []
+
+    def interrupted() -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join()
+
+    monkeypatch.setattr(service._thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        service.close()
+    assert all(future.cancelled() for future in futures)
+
+
+def test_closing_from_the_services_own_thread_is_refused(vlm: Pipeline) -> None:
+    with Service(vlm, max_answers=1) as service:
+        future = service.submit(question(), on_text=lambda piece: service.close())
+        assert isinstance(future.exception(WAIT_S), UsageError)
 
 
 def test_closing_answers_what_was_taken_or_cancels_it(vlm: Pipeline) -> None:
@@ -225,9 +285,16 @@ def test_nobody_waits_for_a_service_that_has_broken_down(vlm: Pipeline, monkeypa
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"max_answers": 0}, "max_answers"), ({"max_wait_ms": -1.0}, "max_wait_ms"), ({"max_queue": 0}, "max_queue")],
+    [
+        ({"max_answers": 0}, "max_answers"),
+        ({"max_answers": 2.5}, "max_answers"),
+        ({"max_wait_ms": -1.0}, "max_wait_ms"),
+        ({"max_wait_ms": float("inf")}, "max_wait_ms"),
+        ({"max_wait_ms": float("nan")}, "max_wait_ms"),
+        ({"max_queue": 0}, "max_queue"),
+    ],
 )
-def test_settings_out_of_range(vlm: Pipeline, settings: dict[str, int], named: str) -> None:
+def test_settings_out_of_range(vlm: Pipeline, settings: dict[str, float], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         Service(vlm, **{"max_answers": 1, **settings})
 
