@@ -24,7 +24,8 @@ import numpy as np
 from output import finish
 
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Request
 
 QUESTION = "What is in the picture, and where is it?"
 TEXT = {"width": 2048, "layers": 22, "heads": 32, "kv_heads": 4, "inner": 5632}

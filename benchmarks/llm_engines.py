@@ -28,7 +28,8 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.registry import require_same_model
-from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import PrunedPrompt, Request
 from flashvlm_export.specs import Array
 
 QUESTION = "What is in the picture, and where is it?"

@@ -26,7 +26,8 @@ from output import finish
 
 from flashvlm_export.errors import FlashVLMError
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Answer, Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Answer, Pruning, Request
 from flashvlm_export.runtime.service import Service
 from flashvlm_export.specs import Array
 

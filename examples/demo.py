@@ -18,7 +18,8 @@ from flashvlm_export.runtime.graph_inputs import visual_feeds
 from flashvlm_export.runtime.heatmap import draw_selection, save_picture, stack
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Answer, Pipeline, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Answer, Request
 from flashvlm_export.selection import get_selector
 
 # A scene that the model was not trained on (benchmarks/tiny/scenes.py, number 11,000,003), and what is true of it.

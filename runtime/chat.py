@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Answer, Exchange, Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Answer, Exchange, Pruning, Request
 from flashvlm_export.specs import check_budget
 
 

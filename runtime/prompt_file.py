@@ -30,7 +30,7 @@ from flashvlm_export.errors import BundleError, PromptError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.manifest import Selection, Source
 from flashvlm_export.records import decode_record, encode_record
-from flashvlm_export.runtime.pipeline import PrunedPrompt
+from flashvlm_export.runtime.request import PrunedPrompt
 from flashvlm_export.specs import Array
 
 SCHEMA_VERSION = 1

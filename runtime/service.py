@@ -20,7 +20,8 @@ from types import TracebackType
 
 from flashvlm_export.errors import ConfigError, QueueFullError, SessionError, UsageError
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Answer, Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Answer, Pruning, Request
 
 _LONGEST_WAIT_MS = 3_600_000.0
 

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Ask, stream the answers, print times."""
     from flashvlm_export.runtime.chat import Chat
-    from flashvlm_export.runtime.pipeline import Pruning
+    from flashvlm_export.runtime.request import Pruning
 
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)

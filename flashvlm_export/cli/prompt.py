@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Select, splice, write; no language model is loaded."""
-    from flashvlm_export.runtime.pipeline import Request
     from flashvlm_export.runtime.prompt_file import write_prompt
+    from flashvlm_export.runtime.request import Request
 
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)

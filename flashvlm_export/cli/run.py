@@ -71,7 +71,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer, stream the text, print times; write the heat map if asked."""
-    from flashvlm_export.runtime.pipeline import Request
+    from flashvlm_export.runtime.request import Request
 
     params = sampling_from(args)
     if args.pruned is not None:

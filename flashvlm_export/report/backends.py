@@ -103,7 +103,8 @@ def make_session(
 ) -> Callable[[int, int], Run]:
     """Return the bundle's pipeline in ``backend`` as a function of pair and budget."""
     from flashvlm_export.runtime.llm.base import SamplingParams
-    from flashvlm_export.runtime.pipeline import Pipeline, Request
+    from flashvlm_export.runtime.pipeline import Pipeline
+    from flashvlm_export.runtime.request import Request
 
     opened = Bundle.open(bundle)
     has_llm = opened.manifest.decoder is not None

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
-from flashvlm_export.files import sha256_of_all
-from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine
+from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits
+from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
-_EXPECTED = "a directory with config.json and all weights, and memory for them in float32"
 
-
-class TransformersLLM(LLMEngine):
+class TransformersLLM(CheckpointLLM):
     """Runs the language model of a checkpoint in float32, whatever it is stored in.
 
     Args:
@@ -28,13 +26,13 @@ class TransformersLLM(LLMEngine):
     """
 
     name = "transformers"
+    expected = "a directory with config.json and all weights, and memory for them in float32"
     capabilities = Capabilities(
         embeddings=True, explicit_positions=True, batch=False, streaming=True, sampling=True, prefix_reuse=False
     )
 
     def __init__(self, directory: Path, *, device: str = "cpu", threads: int | None = None) -> None:
-        super().__init__()
-        self.directory = directory
+        super().__init__(directory)
         self.device = device
         self.threads = threads
         self._model: Any = None
@@ -66,7 +64,7 @@ class TransformersLLM(LLMEngine):
             raise SessionError(
                 "transformers cannot load the language model",
                 received=f"{self.directory}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-                expected=_EXPECTED,
+                expected=self.expected,
             ) from error
         text = config.get_text_config()
         rows, width = self._model.get_input_embeddings().weight.shape
@@ -74,16 +72,6 @@ class TransformersLLM(LLMEngine):
 
     def _close(self) -> None:
         self._model = None
-
-    def _require_directory(self) -> None:
-        if not self.directory.is_dir():  # transformers would look for a name in its cache
-            raise SessionError("there is no checkpoint at this path", received=str(self.directory), expected=_EXPECTED)
-
-    @property
-    def identity(self) -> str:
-        """The engine and a hash over the files of weights; raises :class:`SessionError` if there is no directory."""
-        self._require_directory()
-        return f"{self.name} {sha256_of_all(sorted(self.directory.glob('*.safetensors')))[:16]}"
 
     def embedding_rows(self, token_ids: Array) -> Array:
         """Return rows of the embedding table; see :meth:`LLMEngine.embedding_rows`."""

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError
-from flashvlm_export.files import sha256_of_all
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits
+from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM
 from flashvlm_export.runtime.llm.vllm import require_same_answer
 from flashvlm_export.specs import Array
 
-_EXPECTED = "the directory of a language model alone (docs/llm-engines.md), or a server's address with http://"
 # What this process says to the one that computes; vLLM would log on standard output and report its use.
 _ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -34,7 +33,7 @@ class _Answer:
     ended: bool = False
 
 
-class VllmOfflineLLM(LLMEngine):
+class VllmOfflineLLM(CheckpointLLM):
     """Runs a language model in vLLM's own processes, which batch what is under way.
 
     Args:
@@ -45,6 +44,7 @@ class VllmOfflineLLM(LLMEngine):
     """
 
     name = "vllm"
+    expected = "the directory of a language model alone (docs/llm-engines.md), or a server's address with http://"
     capabilities = Capabilities(
         embeddings=True, explicit_positions=False, batch=True, streaming=True, sampling=True, prefix_reuse=False
     )
@@ -52,8 +52,7 @@ class VllmOfflineLLM(LLMEngine):
     def __init__(
         self, directory: Path, embed: Embed, vocab_size: int, *, options: Mapping[str, Any] | None = None
     ) -> None:
-        super().__init__()
-        self.directory = directory
+        super().__init__(directory)
         self.embed = embed
         self.vocab_size = vocab_size
         self.options = dict(options or {})
@@ -79,7 +78,7 @@ class VllmOfflineLLM(LLMEngine):
             raise SessionError(
                 "vLLM cannot load the language model",
                 received=f"{self.directory}: {(str(error).splitlines() or [type(error).__name__])[0]}",
-                expected=_EXPECTED,
+                expected=self.expected,
             ) from error
         try:
             require_same_answer(self.directory.name, self.embed, self.vocab_size, self._say_one)
@@ -93,16 +92,6 @@ class VllmOfflineLLM(LLMEngine):
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.engine_core.shutdown()
-
-    def _require_directory(self) -> None:
-        if not (self.directory / "config.json").is_file():  # vLLM would look for a name on the hub
-            raise SessionError("there is no checkpoint at this path", received=str(self.directory), expected=_EXPECTED)
-
-    @property
-    def identity(self) -> str:
-        """The engine and a hash over the files of weights; raises :class:`SessionError` if there is no checkpoint."""
-        self._require_directory()
-        return f"{self.name} {sha256_of_all(sorted(self.directory.glob('*.safetensors')))[:16]}"
 
     def _say_one(self, prompt: Array) -> tuple[list[int], float]:
         """Return the likeliest token behind ids ``[n]`` or rows ``[n, D]``, and its log-probability."""

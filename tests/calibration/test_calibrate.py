@@ -74,7 +74,8 @@ def test_the_table_of_layers(calibrated: Calibrated) -> None:
 
 
 def test_the_pipeline_runs_int8(calibrated: Calibrated, photos: Path) -> None:
-    from flashvlm_export.runtime.pipeline import Pipeline, Request
+    from flashvlm_export.runtime.pipeline import Pipeline
+    from flashvlm_export.runtime.request import Request
 
     requests = [Request([photos / "0.png"], "What is it?"), Request([photos / "1.png"], "Where?")]
     found = {}

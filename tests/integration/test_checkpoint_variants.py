@@ -17,7 +17,8 @@ from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle
 from flashvlm_export.export.reference import LlavaReference
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Request
 from flashvlm_export.specs import Precision
 
 TEXT = {

@@ -21,7 +21,8 @@ from flashvlm_export.cli import main
 from flashvlm_export.engines import BuildSettings, EngineEntry, engine_file, write_entry
 from flashvlm_export.errors import LLMError
 from flashvlm_export.files import sha256_of
-from flashvlm_export.runtime.pipeline import Answer, Pipeline
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Answer
 from flashvlm_export.specs import Precision
 
 SHORT = ["--max-tokens", "4"]

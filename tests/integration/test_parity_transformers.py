@@ -16,7 +16,8 @@ from flashvlm_export.export.reference import LlavaReference
 from flashvlm_export.runtime.embeddings import pad_text
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Request
 from flashvlm_export.selection import get_selector
 
 NEW_TOKENS = 32

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText
 
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.llm.vllm_offline import VllmOfflineLLM
-from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import PrunedPrompt, Request
 
 NEW_TOKENS = 32
 PHOTOGRAPHS = ("chelsea", "astronaut", "coffee", "rocket", "camera", "coins")

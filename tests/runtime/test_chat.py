@@ -15,7 +15,8 @@ from flashvlm_export.cli import main
 from flashvlm_export.errors import LLMError, UsageError
 from flashvlm_export.runtime.chat import Chat
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Exchange, Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Exchange, Pruning, Request
 
 PARAMS = SamplingParams(max_new_tokens=6)
 

@@ -67,7 +67,11 @@ def test_another_language_model_is_refused(tiny_bundle: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("wanted", "message"),
-    [("llamacpp:nothing.gguf", "there is no GGUF file"), ("transformers:nowhere", "there is no checkpoint")],
+    [
+        ("llamacpp:nothing.gguf", "there is no GGUF file"),
+        ("transformers:nowhere", "there is no checkpoint"),
+        ("vllm:localhost:8000", "a server's address with http://"),
+    ],
 )
 def test_an_evaluation_by_files_that_are_not_there(
     wanted: str, message: str, tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -23,7 +23,8 @@ from flashvlm_export.errors import (
     UsageError,
 )
 from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine, SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.runtime.sessions.base import VisualOutputs
 from flashvlm_export.runtime.sessions.fake import FakeSession
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession

@@ -17,8 +17,9 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
 from flashvlm_export.errors import PromptError, StorageError
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Request
+from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.prompt_file import ENTRY, read_prompt, write_prompt
+from flashvlm_export.runtime.request import PrunedPrompt, Request
 
 
 @pytest.fixture(scope="module")

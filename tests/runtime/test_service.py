@@ -24,7 +24,8 @@ from flashvlm_export.errors import (
 from flashvlm_export.runtime.chat import Chat
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
-from flashvlm_export.runtime.pipeline import Pipeline, PrunedPrompt, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import PrunedPrompt, Pruning, Request
 from flashvlm_export.runtime.service import Service
 from flashvlm_export.specs import Array
 

@@ -15,7 +15,8 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BudgetError, ConfigError, ImageError, SessionError, UsageError
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import content_key, load_image
-from flashvlm_export.runtime.pipeline import Pipeline, Pruning, Request
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.selection import get_selector, select_tokens

@@ -1,0 +1,136 @@
+"""What is asked, what is kept of its images, and what is answered: the values that go through a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+from flashvlm_export.errors import ConfigError
+from flashvlm_export.runtime.images import ImageSource
+from flashvlm_export.runtime.llm.base import GenerationStats
+from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.specs import Array
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedImage:
+    """What is left of one image.
+
+    Attributes:
+        tokens: float32 ``[K, D]``: its kept visual tokens.
+        indices: int64 ``[K]``: which ones of the ``N`` they are, ascending.
+        scores: float32 ``[N]``.
+    """
+
+    tokens: Array
+    indices: Array
+    scores: Array
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A question that was answered; see :class:`Request`."""
+
+    images: Sequence[ImageSource | SelectedImage]
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question about one or several images.
+
+    Attributes:
+        images: paths, bytes, PIL images or arrays, in the order of their placeholders; or what an earlier prompt kept
+            of an image, which is then taken as it is.
+        question: the user's words; put into the chat template unless ``raw``.
+        system: system text for the chat template, if any.
+        raw: ``question`` is a whole prompt with its own placeholders.
+        history: what was said before, oldest first. Its images come first.
+    """
+
+    images: Sequence[ImageSource | SelectedImage]
+    question: str
+    system: str | None = None
+    raw: bool = False
+    history: Sequence[Exchange] = ()
+
+    @property
+    def all_images(self) -> list[ImageSource | SelectedImage]:
+        """The images of the conversation, in the order of their placeholders."""
+        return [*(image for exchange in self.history for image in exchange.images), *self.images]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """How many visual tokens of each image are kept, which, and where they then stand.
+
+    Attributes:
+        budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for.
+        text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's ``question``
+            alone.
+        positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
+            prompt is shorter also for rotary embedding; ``original`` leaves every row where it stood, so that the
+            model still knows from where in the image a token comes.
+        selector: one of those that the pipeline was opened with; ``None`` for the first.
+
+    Raises:
+        ConfigError: if there are no such positions.
+    """
+
+    budget: int | None = None
+    text_span: TextSpan = "prompt"
+    positions: Positions = "contiguous"
+    selector: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in get_args(Positions):
+            raise ConfigError("unknown positions", received=repr(self.positions), expected="contiguous or original")
+
+
+@dataclass(frozen=True)
+class PrunedPrompt:
+    """A prompt whose images are reduced to their kept visual tokens, ready for prefill.
+
+    Attributes:
+        inputs_embeds: float32 ``[S, D]``: text rows with the visual tokens in place of each placeholder.
+        positions: int64 ``[S]``: where each row stands for the language model.
+        prompt: the prompt before splicing.
+        images: what is left of each image.
+        visual_tokens_before: visual tokens of all images without pruning.
+        stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.
+    """
+
+    inputs_embeds: Array
+    positions: Array
+    prompt: TokenizedPrompt
+    images: list[SelectedImage]
+    visual_tokens_before: int
+    stage_ms: dict[str, float]
+
+    @property
+    def indices(self) -> list[Array]:
+        """Per image int64 ``[K]``: which visual tokens were kept, ascending."""
+        return [image.indices for image in self.images]
+
+    @property
+    def scores(self) -> list[Array]:
+        """Per image float32 ``[N]``."""
+        return [image.scores for image in self.images]
+
+    @property
+    def visual_tokens_kept(self) -> int:
+        """Visual tokens of all images after pruning."""
+        return sum(len(indices) for indices in self.indices)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the language model said, and how it came to it."""
+
+    text: str
+    token_ids: list[int]
+    prompt: PrunedPrompt
+    stats: GenerationStats
+    stage_ms: dict[str, float] = field(default_factory=dict)
