@@ -137,7 +137,7 @@ def main() -> int:
             vlm = Pipeline.open(bundle, llm=wanted, threads=args.threads)
             assert vlm.llm is not None
             engine = stack.enter_context(vlm.llm)
-            require_same_model(engine, vlm.embeddings, bundle.manifest.source.model)
+            require_same_model(engine, bundle.manifest, vlm.embeddings)
             name, _, where = wanted.partition(":")
             engines[f"{name} {Path(where).name}".strip()] = engine
         rows = measure_engines(engines, rounds, args.new_tokens)

@@ -117,7 +117,7 @@ class Pipeline:
             self.session.open()
             if self.llm is not None:
                 self.llm.open()
-                require_same_model(self.llm, self.embeddings, self.bundle.manifest.source.model)
+                require_same_model(self.llm, self.bundle.manifest, self.embeddings)
         except BaseException:
             self.close()
             raise

@@ -168,7 +168,7 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     if file.has_gaps:
         pipeline.llm.require_gaps()
     with pipeline.llm as llm:
-        require_same_model(llm, pipeline.embeddings, bundle.manifest.source.model)
+        require_same_model(llm, bundle.manifest, pipeline.embeddings)
         stop = file.record.stop_token_ids
         with closing(pipeline.generate(file.inputs_embeds, file.positions, params, stop_token_ids=stop)) as answer:
             for token, piece in answer:

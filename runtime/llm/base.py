@@ -93,11 +93,13 @@ class Limits:
         width: channels of an embedding.
         max_positions: of prompt and answer together.
         vocab_size: token ids it may hand out.
+        eos_token_ids: ids that end an answer by its own account; empty if it does not say.
     """
 
     width: int
     max_positions: int
     vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,3 +35,8 @@ class CheckpointLLM(LLMEngine):
             raise SessionError(
                 "there is no checkpoint at this path", received=str(self.directory), expected=self.expected
             )
+
+
+def token_ids(of_config: int | list[int] | None) -> tuple[int, ...]:
+    """Return what a configuration says in one of the three ways that it may."""
+    return tuple([of_config] if isinstance(of_config, int) else of_config or ())

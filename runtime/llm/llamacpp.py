@@ -117,7 +117,13 @@ class LlamaCppLLM(LLMEngine):
         if not self._context:
             raise self._failed("llama.cpp has no memory for the KV cache", f"room for {positions} positions")
         vocabulary = lib.llama_model_get_vocab(self._model)
-        return Limits(lib.llama_model_n_embd(self._model), positions, lib.llama_vocab_n_tokens(vocabulary))
+        ends = (lib.llama_vocab_eos(vocabulary), lib.llama_vocab_eot(vocabulary))
+        return Limits(
+            lib.llama_model_n_embd(self._model),
+            positions,
+            lib.llama_vocab_n_tokens(vocabulary),
+            tuple(token for token in ends if token >= 0),
+        )
 
     def _close(self) -> None:
         if self._context:

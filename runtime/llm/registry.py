@@ -9,6 +9,7 @@ import numpy as np
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, LLMError, UsageError
+from flashvlm_export.manifest import Manifest
 from flashvlm_export.runtime.embeddings import TextEmbeddings
 from flashvlm_export.runtime.llm.base import Embed, LLMEngine
 
@@ -73,17 +74,20 @@ def make_llm(wanted: str, bundle: Bundle, embed: Embed, *, providers: Sequence[s
     )
 
 
-def require_same_model(llm: LLMEngine, embeddings: TextEmbeddings, model: str) -> None:
-    """Raise :class:`LLMError` unless an opened engine has the shape and the rows of a bundle's embedding table.
+def require_same_model(llm: LLMEngine, manifest: Manifest, embeddings: TextEmbeddings) -> None:
+    """Raise :class:`LLMError` unless an opened engine has a bundle's embedding table and ends answers where it does.
 
     Args:
         llm: the engine.
+        manifest: the bundle's.
         embeddings: the bundle's.
-        model: what the bundle was exported from; for people.
     """
     have, want = (llm.limits.vocab_size, llm.limits.width), (embeddings.vocab_size, embeddings.width)
     received, expected = f"embeddings {list(have)}", str(list(want))
-    if have == want:
+    ends, ours_end = llm.limits.eos_token_ids, manifest.prompt.eos_token_ids if manifest.prompt else []
+    if ends and ours_end and not {*ends} & {*ours_end}:
+        received, expected = f"tokens {list(ends)} end an answer", f"one of {ours_end}"
+    elif have == want:
         ids = np.linspace(0, embeddings.vocab_size - 1, min(embeddings.vocab_size, 32)).astype(np.int64)
         theirs, ours = llm.embedding_rows(ids), embeddings.lookup(ids)
         if theirs is None:
@@ -98,5 +102,5 @@ def require_same_model(llm: LLMEngine, embeddings: TextEmbeddings, model: str) -
         "the language model is not the one that the bundle was exported with",
         received=received,
         expected=expected,
-        hint=f"give the engine '{llm.name}' the language model of {model}",
+        hint=f"give the engine '{llm.name}' the language model of {manifest.source.model}",
     )

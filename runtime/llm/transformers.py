@@ -10,7 +10,7 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
 from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits
-from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM
+from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM, token_ids
 from flashvlm_export.runtime.llm.sampling import Sampler
 from flashvlm_export.specs import Array
 
@@ -68,7 +68,7 @@ class TransformersLLM(CheckpointLLM):
             ) from error
         text = config.get_text_config()
         rows, width = self._model.get_input_embeddings().weight.shape
-        return Limits(width=width, max_positions=text.max_position_embeddings, vocab_size=rows)
+        return Limits(width, text.max_position_embeddings, rows, token_ids(text.eos_token_id))
 
     def _close(self) -> None:
         self._model = None

@@ -16,7 +16,7 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError
 from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits
-from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM
+from flashvlm_export.runtime.llm.checkpoint import CheckpointLLM, token_ids
 from flashvlm_export.runtime.llm.vllm import require_same_answer
 from flashvlm_export.specs import Array
 
@@ -86,7 +86,8 @@ class VllmOfflineLLM(CheckpointLLM):
             self._close()
             raise
         config = self._engine.model_config
-        return Limits(config.get_hidden_size(), config.max_model_len, self.vocab_size)
+        ends = token_ids(config.hf_text_config.eos_token_id)
+        return Limits(config.get_hidden_size(), config.max_model_len, self.vocab_size, ends)
 
     def _close(self) -> None:
         engine, self._engine = self._engine, None

@@ -52,7 +52,13 @@ def test_another_language_model_is_refused(tiny_bundle: Path, tmp_path: Path) ->
     from transformers import LlamaForCausalLM
 
     config = make_config(llm_width=64).text_config
-    cases = [({}, "median cosine"), ({"vocab_size": 328}, r"\[328, 64\]"), ({"hidden_size": 32}, r"\[328, 32\]")]
+    cases: list[tuple[dict[str, object], str]] = [
+        ({}, "median cosine"),
+        ({"eos_token_id": [7, 8]}, r"tokens \[7, 8\] end an answer"),
+        ({"eos_token_id": None}, "median cosine"),
+        ({"vocab_size": 328}, r"\[328, 64\]"),
+        ({"hidden_size": 32}, r"\[328, 32\]"),
+    ]
     for number, (change, message) in enumerate(cases):
         for name, value in change.items():
             setattr(config, name, value)
