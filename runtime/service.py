@@ -90,7 +90,7 @@ class Service:
                 f"the engine '{llm.name}' works on one answer at a time",
                 received=f"max_answers={max_answers}",
                 expected="1",
-                hint="max_answers=1, or an engine that batches (onnxruntime, vllm)",
+                hint="max_answers=1, or an engine that batches (onnxruntime, llamacpp, vllm)",
             )
         self.vlm = vlm
         self.max_answers = max_answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
-from collections.abc import Generator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ import numpy as np
 
 from flashvlm_export.errors import DependencyError, LLMError, SessionError, install_hint
 from flashvlm_export.files import sha256_of
-from flashvlm_export.runtime.llm.base import Capabilities, Embed, Generation, Limits, LLMEngine
-from flashvlm_export.runtime.llm.sampling import Sampler
+from flashvlm_export.runtime.llm.base import Capabilities, Embed, Limits
+from flashvlm_export.runtime.llm.batching import Answer, BatchingLLM
 from flashvlm_export.specs import Array
 
 _ALL_F32, _TYPE_F32, _FLASH_OFF = 0, 0, 0  # llama_ftype, ggml_type, llama_flash_attn_type
@@ -43,13 +43,13 @@ def _listen(lib: Any) -> None:
     lib.llama_log_set(_listener, ctypes.c_void_p(0))
 
 
-class LlamaCppLLM(LLMEngine):
+class LlamaCppLLM(BatchingLLM):
     """Runs ``file``.
 
     Args:
         file: GGUF of a text model.
         embed: embedding rows of generated tokens, by which the next prompt is compared.
-        context: positions of prompt and answer together, for which the KV cache is allocated when the model is opened;
+        context: positions of prompt and answer together, for which the KV cache of each answer under way is allocated;
             at most what the model was trained with. A file in F32 runs in float32 throughout; otherwise the cache is
             float16.
         gpu: put all layers on the GPU; llama.cpp has to be built for it.
@@ -59,21 +59,21 @@ class LlamaCppLLM(LLMEngine):
     name = "llamacpp"
     # Its cache insists on positions without gaps.
     capabilities = Capabilities(
-        embeddings=True, explicit_positions=False, batch=False, streaming=True, sampling=True, prefix_reuse=True
+        embeddings=True, explicit_positions=False, batch=True, streaming=True, sampling=True, prefix_reuse=True
     )
 
     def __init__(
         self, file: Path, embed: Embed, *, context: int = 4096, gpu: bool = False, threads: int | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(embed)
         self.file = file
-        self.embed = embed
         self.context = context
         self.gpu = gpu
         self.threads = threads
         self._lib: Any = None
         self._model: Any = None
         self._context: Any = None
+        self._positions = 0
 
     def _open(self) -> Limits:
         try:
@@ -104,9 +104,28 @@ class LlamaCppLLM(LLMEngine):
         self._model = lib.llama_model_load_from_file(str(self.file).encode(), settings)
         if not self._model:
             raise self._failed("llama.cpp cannot load the language model", "a GGUF file of a text model")
-        positions = min(self.context, lib.llama_model_n_ctx_train(self._model))
+        self._positions = min(self.context, lib.llama_model_n_ctx_train(self._model))
+        self._make_context()
+        vocabulary = lib.llama_model_get_vocab(self._model)
+        ends = (lib.llama_vocab_eos(vocabulary), lib.llama_vocab_eot(vocabulary))
+        return Limits(
+            lib.llama_model_n_embd(self._model),
+            self._positions,
+            lib.llama_vocab_n_tokens(vocabulary),
+            tuple(token for token in ends if token >= 0),
+        )
+
+    def _make_context(self) -> None:
+        """Have a KV cache with as many sequences as answers may be under way."""
+        lib = self._lib
+        if self._context:
+            if lib.llama_n_seq_max(self._context) == self.max_answers:
+                return
+            lib.llama_free(self._context)
         settings = lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = positions
+        settings.n_seq_max = self.max_answers
+        settings.n_batch = self._positions
+        settings.n_ctx = self._positions * self.max_answers
         if lib.llama_model_ftype(self._model) == _ALL_F32:
             # Flash attention rounds to float16 inside, which shows in the fourth digit of a logit.
             settings.type_k = settings.type_v = _TYPE_F32
@@ -115,15 +134,8 @@ class LlamaCppLLM(LLMEngine):
             settings.n_threads = settings.n_threads_batch = self.threads
         self._context = lib.llama_init_from_model(self._model, settings)
         if not self._context:
-            raise self._failed("llama.cpp has no memory for the KV cache", f"room for {positions} positions")
-        vocabulary = lib.llama_model_get_vocab(self._model)
-        ends = (lib.llama_vocab_eos(vocabulary), lib.llama_vocab_eot(vocabulary))
-        return Limits(
-            lib.llama_model_n_embd(self._model),
-            positions,
-            lib.llama_vocab_n_tokens(vocabulary),
-            tuple(token for token in ends if token >= 0),
-        )
+            room = f"room for {self.max_answers} answer(s) of {self._positions} positions"
+            raise self._failed("llama.cpp has no memory for the KV cache", room)
 
     def _close(self) -> None:
         if self._context:
@@ -154,54 +166,51 @@ class LlamaCppLLM(LLMEngine):
         rows: Array = dequantize(tensor.data[token_ids], tensor.tensor_type)
         return rows
 
-    def _generate(self, generation: Generation) -> Generator[int, None, None]:
-        lib, sampler = self._lib, Sampler(generation.params)
-        new = np.array(generation.rows, np.float32, order="C")  # its own, to be compared with the next prompt
-        past, memory = self._shared(generation), lib.llama_get_memory(self._context)
-        if not lib.llama_memory_seq_rm(memory, 0, past, -1):  # some caches go as a whole or not at all
-            lib.llama_memory_clear(memory, True)
-            generation.reused_tokens = past = 0
-        rows, where = [new], [generation.positions]
-        done = past
-        try:
-            logits = self._decode(past, rows=new[past:])
-            done = len(new)
-            while True:
-                token = sampler(logits)
-                yield token
-                logits = self._decode(done, token=token)
-                rows.append(self.embed(np.array([token], np.int64)))
-                where.append(where[-1][-1:] + 1)
-                done += 1
-        finally:
-            self._remember(rows, where, done)
+    def _prefill(self, answer: Answer) -> Array:
+        self._make_context()
+        rows, past = np.asarray(answer.rows[0], np.float32), self._shared(answer.generation)
+        memory = self._lib.llama_get_memory(self._context)
+        if not self._lib.llama_memory_seq_rm(memory, answer.slot, past, -1):  # some caches lose a sequence as a whole
+            self._lib.llama_memory_seq_rm(memory, answer.slot, -1, -1)
+            answer.generation.reused_tokens = past = 0
+        return self._run([(answer.slot, place) for place in range(past, len(rows))], rows=rows[past:])[-1]
 
-    def _decode(self, past: int, *, rows: Array | None = None, token: int = 0) -> Array:
-        """Run ``rows [n, D]``, or one token, behind ``past`` others; return the last logits ``[vocab]``."""
+    def _decode(self, answers: Sequence[Answer], rows: Array) -> Array:
+        return self._run(
+            [(answer.slot, answer.past) for answer in answers], tokens=[answer.token for answer in answers]
+        )
+
+    def _run(
+        self, places: Sequence[tuple[int, int]], *, rows: Array | None = None, tokens: Sequence[int] = ()
+    ) -> Array:
+        """Run ``rows [n, D]`` or ``tokens``, each at a sequence and a position of it.
+
+        Returns logits: of every token, ``[n, vocab]``; of rows, which are one sequence, of the last, ``[1, vocab]``.
+        """
         lib, limits = self._lib, self.limits
-        count = 1 if rows is None else len(rows)
-        batch = lib.llama_batch_init(count, 0 if rows is None else limits.width, 1)
+        batch = lib.llama_batch_init(len(places), 0 if rows is None else limits.width, 1)
         try:
-            batch.n_tokens = count
-            if rows is None:
-                batch.token[0] = token
-            else:
-                ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
-            for place in range(count):
-                batch.pos[place] = past + place
-                batch.n_seq_id[place] = 1
-                batch.seq_id[place][0] = 0
-                batch.logits[place] = place == count - 1
+            batch.n_tokens = len(places)
+            if rows is not None:
+                ctypes.memmove(batch.embd, np.ascontiguousarray(rows).ctypes.data, rows.nbytes)
+            for number, token in enumerate(tokens):
+                batch.token[number] = token
+            for number, (slot, position) in enumerate(places):
+                batch.pos[number] = position
+                batch.n_seq_id[number] = 1
+                batch.seq_id[number][0] = slot
+                batch.logits[number] = rows is None or number == len(places) - 1
             if lib.llama_decode(self._context, batch) != 0:
                 raise LLMError(
-                    f"llama.cpp failed in the language model behind {past} tokens",
+                    f"llama.cpp failed in the language model at {max(position for _, position in places)} tokens",
                     received=" ".join(_said) or "no message",
                     hint="use a smaller budget, or a file in fewer bits, if memory ended",
                 )
         finally:
             lib.llama_batch_free(batch)
-        logits = lib.llama_get_logits_ith(self._context, -1)
-        return np.ctypeslib.as_array(logits, (limits.vocab_size,)).copy()
+        wanted = range(len(places)) if rows is None else (-1,)
+        found = [lib.llama_get_logits_ith(self._context, number) for number in wanted]
+        return np.stack([np.ctypeslib.as_array(logits, (limits.vocab_size,)) for logits in found])
 
     def _failed(self, what: str, expected: str) -> SessionError:
         said = " ".join(_said) or "no message"

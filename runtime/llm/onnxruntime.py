@@ -1,8 +1,5 @@
 """The bundle's decoder in ONNX Runtime, with a KV cache that is written in place.
 
-Answers under way at once have a slot of that cache each: a prompt is run in its slot alone, and each further step runs
-one token of all of them, which reads the weights once.
-
 GroupQueryAttention, which ``export/decoder.py`` has the model builder write, appends to its cache without a copy when
 past and present are bound to one buffer as long as the whole answer; ``attention_mask`` tells how much of it counts.
 Decode is bound by memory bandwidth, so the copy shows: 12 layers of width 1024 behind 640 prompt tokens took 8.4 ms per
@@ -12,8 +9,7 @@ token in int4 instead of 15 ms with caches fed back as outputs (fp32: 27 instead
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +25,8 @@ from flashvlm_export.runtime.llm.base import (
     Embed,
     Generation,
     Limits,
-    LLMEngine,
 )
-from flashvlm_export.runtime.llm.sampling import Sampler
+from flashvlm_export.runtime.llm.batching import Answer, BatchingLLM
 from flashvlm_export.specs import Array
 
 _DTYPES: dict[str, type[np.floating[Any]]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -63,35 +58,7 @@ class _Cache:
         return int(self.arrays[0].shape[2])
 
 
-@dataclass(eq=False)
-class _Answer:
-    """One answer under way.
-
-    Attributes:
-        generation: what was asked.
-        rows, places: what its slot of the cache holds: embeddings and their positions, in pieces.
-        past: how many rows these are.
-        token: chosen last, and not in the cache yet; it stands behind the last of ``places``.
-        new_tokens: chosen so far.
-        logits: ``[vocab]``, of what comes behind ``token``; ``None`` until they are computed.
-    """
-
-    generation: Generation
-    rows: list[Array]
-    places: list[Array]
-    past: int = 0
-    token: int = 0
-    new_tokens: int = 0
-    logits: Array | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether its next token remains to be computed, as far as can be told before its reader asks."""
-        ends = self.new_tokens == self.generation.params.max_new_tokens or self.token in self.generation.stop_token_ids
-        return self.logits is None and not ends
-
-
-class OnnxRuntimeLLM(LLMEngine):
+class OnnxRuntimeLLM(BatchingLLM):
     """Runs ``model_file``, a decoder with GroupQueryAttention that takes ``inputs_embeds``.
 
     Args:
@@ -116,15 +83,13 @@ class OnnxRuntimeLLM(LLMEngine):
         providers: Sequence[str] = ("CPUExecutionProvider",),
         threads: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(embed)
         self.model_file = model_file
         self.entry = entry
-        self.embed = embed
         self.providers = tuple(providers)
         self.threads = threads
         self._session: Any = None
         self._cache: _Cache | None = None
-        self._answers: dict[int, _Answer] = {}
         self._dtype: type[np.floating[Any]] = np.float32
 
     def _open(self) -> Limits:
@@ -154,55 +119,33 @@ class OnnxRuntimeLLM(LLMEngine):
     def _close(self) -> None:
         self._session = self._cache = None
 
-    def _generate(self, generation: Generation) -> Generator[int, None, None]:
-        sampler = Sampler(generation.params)
-        rows = np.array(generation.rows)  # its own, to be compared with the next prompt
-        slot = next(slot for slot in range(self.max_answers) if slot not in self._answers)
-        answer = _Answer(generation, [rows], [generation.positions])
-        try:
-            past = self._make_room(generation, len(rows) + generation.params.max_new_tokens)
-            new, places = rows[past:][None], generation.positions[past:][None]
-            answer.logits = self._run(slot, new, places, np.array([len(rows)]))[0]
-            answer.past = len(rows)
-            self._answers[slot] = answer
-            while True:
-                if answer.logits is None:
-                    self._step(answer)
-                assert answer.logits is not None  # the step saw to it
-                answer.token, answer.logits = sampler(answer.logits), None
-                answer.new_tokens += 1
-                yield answer.token
-        finally:
-            self._answers.pop(slot, None)
-            # On a GPU a cache for several answers takes seconds to make.
-            if not (self._answers or self._keeps_prefix or (self._on_gpu and self.max_answers > 1)):
-                self._cache = None
-            self._remember(answer.rows, answer.places, answer.past)
+    def _prefill(self, answer: Answer) -> Array:
+        rows, positions = answer.rows[0], answer.places[0]
+        past = self._make_room(answer.generation)
+        return self._run(answer.slot, rows[past:][None], positions[past:][None], np.array([len(rows)]))[0]
 
-    def _step(self, asked: _Answer) -> None:
-        """Compute the logits of every answer that waits for some, ``asked`` among them, in one run."""
-        start = time.perf_counter()
-        first, count = min(self._answers), max(self._answers) - min(self._answers) + 1
-        # A free slot has one row, which nobody reads. An answer that does not wait has some token run at its next
+    def _decode(self, answers: Sequence[Answer], rows: Array) -> Array:
+        slots = [answer.slot for answer in answers]
+        first, count = min(slots), max(slots) - min(slots) + 1
+        # Between them, a free slot has one row, which nobody reads; an answer that does not wait has one at its next
         # place, which its next token is written over.
-        tokens, places, lengths = np.zeros(count, np.int64), np.zeros((count, 1), np.int64), np.ones(count, np.int64)
-        for slot, answer in self._answers.items():
-            at = slot - first
-            tokens[at], places[at], lengths[at] = answer.token, answer.places[-1][-1] + 1, answer.past + 1
-        rows = self.embed(tokens)
-        logits = self._run(first, rows[:, None], places, lengths)
-        spent_ms = (time.perf_counter() - start) * 1e3
-        for slot, answer in self._answers.items():
-            if answer.waits:
-                at = slot - first
-                answer.logits = logits[at]
-                answer.rows.append(rows[at : at + 1])
-                answer.places.append(places[at])
-                answer.past += 1
-                answer.generation.elsewhere_ms += spent_ms if answer is not asked else 0
+        given = np.zeros((count, 1, rows.shape[1]), rows.dtype)
+        places, lengths = np.zeros((count, 1), np.int64), np.ones(count, np.int64)
+        for slot, other in self._answers.items():
+            if 0 <= slot - first < count:
+                places[slot - first], lengths[slot - first] = other.place, other.past + 1
+        chosen = np.array(slots) - first
+        given[chosen, 0] = rows
+        return self._run(first, given, places, lengths)[chosen]
 
-    def _make_room(self, generation: Generation, needed: int) -> int:
-        """Have a cache with ``needed`` positions for each answer; return how many rows of the prompt it holds."""
+    def _ended(self) -> None:
+        # On a GPU a cache for several answers takes seconds to make.
+        if not (self._answers or self._keeps_prefix or (self._on_gpu and self.max_answers > 1)):
+            self._cache = None
+
+    def _make_room(self, generation: Generation) -> int:
+        """Have a cache with room for an answer; return how many rows of its prompt it holds."""
+        needed = len(generation.rows) + generation.params.max_new_tokens
         past, old = self._shared(generation), self._cache
         if old is not None and old.slots >= self.max_answers and old.capacity >= needed:
             return past

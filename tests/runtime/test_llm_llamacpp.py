@@ -77,13 +77,9 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
     computed: list[int] = []
     with engine_of(file, model) as engine:
         engine.reuse_prefix = True
-        whole = engine._decode
+        run = engine._run
         monkeypatch.setattr(
-            engine,
-            "_decode",
-            lambda past, *, rows=None, token=0: (
-                computed.append(1 if rows is None else len(rows)) or whole(past, rows=rows, token=token)
-            ),
+            engine, "_run", lambda places, **given: computed.append(len(places)) or run(places, **given)
         )
         said = model.get_input_embeddings().weight.detach().numpy()[reference(model, first)]
         turn = np.concatenate([first, said, prompt(9, seed=3)])
@@ -103,6 +99,40 @@ def test_a_prompt_that_begins_alike_is_not_computed_again(
         computed.clear()
         assert answer(engine, second) == reference(model, second)
         assert computed[0] == 45
+
+
+def test_answers_under_way_at_once(file: Path, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun one after the other, in slots that others had before; then one alone again, which keeps its beginning."""
+    prompts = [prompt(length, seed=length) for length in (40, 3, 200, 17, 64)]
+    computed: list[int] = []
+    with engine_of(file, model) as engine:
+        engine.max_answers = 3
+        run = engine._run
+        monkeypatch.setattr(
+            engine, "_run", lambda places, **given: computed.append(len(places)) or run(places, **given)
+        )
+        said: dict[int, list[int]] = {}
+        streams: dict[int, Any] = {}
+        waiting = list(enumerate(prompts))
+        while waiting or streams:
+            if waiting and len(streams) < 3:
+                name, rows = waiting.pop(0)
+                params = SamplingParams(max_new_tokens=NEW_TOKENS - 3 * name)
+                streams[name], said[name] = engine.generate(rows, params, stop_token_ids=()), []
+            for name in list(streams):
+                token = next(streams[name], None)
+                if token is None:
+                    del streams[name]
+                else:
+                    said[name].append(token)
+        for name, rows in enumerate(prompts):
+            assert said[name] == reference(model, rows)[: NEW_TOKENS - 3 * name]
+        assert computed.count(3) > 10, "answers were computed one by one"
+        engine.max_answers, engine.reuse_prefix = 1, True
+        for _ in range(2):
+            assert answer(engine, prompts[0]) == reference(model, prompts[0])
+        assert engine.last_run is not None
+        assert engine.last_run.reused_tokens == 39
 
 
 def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) -> None:
