@@ -12,9 +12,10 @@ from pathlib import Path
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError
 from flashvlm_export.files import atomic_write, sha256_of
+from flashvlm_export.gpu import gpu_at_hand
 from flashvlm_export.records import decode_record, encode_record
 from flashvlm_export.specs import DynamicDim, Precision
-from flashvlm_export.targets import TARGETS
+from flashvlm_export.targets import TARGETS, format_capability
 
 ENGINES = "engines"
 SCHEMA_VERSION = 1
@@ -98,6 +99,8 @@ def list_engines(bundle: Bundle) -> list[Engine]:
 def find_engine(bundle: Bundle, precision: Precision | None = None, target: str | None = None) -> Engine:
     """Return the one engine of ``bundle`` that fits; what is ``None`` may be anything.
 
+    Without ``target``, one that has code for the GPU at hand goes before those that have none.
+
     Raises:
         BundleError: if there is none or more than one, with the command that builds or chooses.
     """
@@ -107,6 +110,9 @@ def find_engine(bundle: Bundle, precision: Precision | None = None, target: str 
         for engine in engines
         if precision in (None, Precision(engine.entry.precision)) and target in (None, engine.entry.target)
     ]
+    if len(fitting) > 1 and target is None and (gpu := gpu_at_hand()) is not None:
+        own = [engine for engine in fitting if format_capability(gpu.capability) in engine.entry.compute_capabilities]
+        fitting = own or fitting
     if len(fitting) == 1:
         return fitting[0]
     raise BundleError(

@@ -90,8 +90,8 @@ class Pipeline:
         Args:
             bundle: directory, or an opened bundle.
             precision: visual graph to run; ``None`` takes the first the manifest lists, or the engine's.
-            engine: target of the TensorRT engine to run, or ``auto`` where the bundle has just one; ``None`` runs the
-                graph in ONNX Runtime.
+            engine: target of the TensorRT engine to run, or ``auto`` for its only one, or the one for the GPU at hand;
+                ``None`` runs the graph in ONNX Runtime.
             cuda_graphs: replay the engine's kernels as CUDA graphs; see :class:`TensorRTSession`.
             selectors: run encoder and selector as graphs of their own, so that an image is encoded once, with these
                 selectors loaded (empty: the fused graph's own); ``None`` runs the fused graph.

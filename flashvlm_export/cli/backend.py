@@ -49,7 +49,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TARGET",
         nargs="?",
         const="auto",
-        help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one)",
+        help="run the visual side as the bundle's TensorRT engine for TARGET (without a name: its only one, or the one "
+        "for the GPU at hand)",
     )
     parser.add_argument(
         "--cuda-graphs", action="store_true", help="replay the engine's kernels as one CUDA graph for each set of sizes"

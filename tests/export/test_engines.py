@@ -242,18 +242,29 @@ class TestCheckEngine:
         with pytest.raises(BundleError, match=problem):
             list_engines(copy)
 
-    def test_none_and_several(self, copy: Bundle) -> None:
+    def test_none_and_several(self, copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BundleError, match="no such engine") as caught:
             find_engine(copy, Precision.FP32)
         assert "flashvlm build" in str(caught.value.hint)
         first = find_engine(copy, Precision.FP16).file
         second = first.with_name("a100.fp16.engine")
         shutil.copy(first, second)
-        sidecar_of(second).write_text(sidecar_of(first).read_text().replace("rtx-40", "a100"))
+        sidecar_of(second).write_text(sidecar_of(first).read_text().replace("rtx-40", "a100").replace("8.9", "8.0"))
+        monkeypatch.setattr("flashvlm_export.engines.gpu_at_hand", lambda: None)
         with pytest.raises(BundleError, match="several engines fit") as caught:
             find_engine(copy, Precision.FP16)
         assert "--engine a100 --precision fp16" in str(caught.value.hint)
         assert find_engine(copy, Precision.FP16, "a100").file == second
+
+        capability = (8, 0)
+        monkeypatch.setattr("flashvlm_export.engines.gpu_at_hand", lambda: Gpu("a GPU", capability, 1 << 34))
+        assert find_engine(copy, Precision.FP16).file == second
+        capability = (8, 9)
+        assert find_engine(copy, Precision.FP16).file == first
+        assert find_engine(copy, Precision.FP16, "a100").file == second
+        capability = (9, 0)
+        with pytest.raises(BundleError, match="several engines fit"):
+            find_engine(copy, Precision.FP16)
 
 
 class TestDestination:
