@@ -139,14 +139,23 @@ def main() -> int:
     args = parser.parse_args()
     params = SamplingParams(max_new_tokens=args.new_tokens)
     asked = questions(args.requests, args.pictures, [int(text) for text in args.budgets.split(",")])
-    print(
-        f"{'':18}{'requests':>9}{'requests/s':>12}{'tokens/s':>10}{'p50, ms':>10}{'p99, ms':>10}{'ratio':>8}",
-        file=sys.stderr,
-    )
+    try:
+        return measure(args, asked, params)
+    except FlashVLMError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+def measure(args: argparse.Namespace, asked: Sequence[tuple[Request, Pruning]], params: SamplingParams) -> int:
+    """Print the table and the result; return the exit code."""
     wrong = 0
     result: dict[str, Any] = {"benchmark": "serving_load", "rows": []}
     with Pipeline.open(args.bundle, selectors=[], llm=args.llm, threads=args.threads) as vlm:
         ask_alone(vlm, asked[: args.pictures], params)  # encodes the pictures and warms up
+        print(
+            f"{'':18}{'requests':>9}{'requests/s':>12}{'tokens/s':>10}{'p50, ms':>10}{'p99, ms':>10}{'ratio':>8}",
+            file=sys.stderr,
+        )
         start = time.perf_counter()
         answers = ask_alone(vlm, asked, params)
         seconds = time.perf_counter() - start

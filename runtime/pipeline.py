@@ -410,10 +410,14 @@ class Pipeline:
 
     def _tokenize(self, request: Request) -> TokenizedPrompt:
         if not request.all_images:
-            raise UsageError("a request without images", expected="at least one image")
+            raise UsageError(
+                "a request without images",
+                expected="at least one image",
+                hint="--image FILE; in a conversation from standard input also a line /image FILE",
+            )
         if request.raw:
-            if request.history:
-                raise UsageError("a raw prompt has its history inside", expected="raw, or history")
+            if request.history or request.system is not None:
+                raise UsageError("a raw prompt has history and system text inside", expected="raw, or these")
             return self.prompts.raw(request.question, len(request.images))
         history = [Turn(len(past.images), past.question, past.answer) for past in request.history]
         return self.prompts.chat(request.question, len(request.images), request.system, history)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
-from flashvlm_export.errors import ConfigError
+from flashvlm_export.errors import ConfigError, UsageError
 from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.llm.base import GenerationStats
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
@@ -55,6 +55,14 @@ class Request:
     system: str | None = None
     raw: bool = False
     history: Sequence[Exchange] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.images, (list, tuple)):
+            raise UsageError(
+                "the images of a request are a list, also where there is one",
+                received=type(self.images).__name__,
+                expected='such as ["photo.jpg"]',
+            )
 
     @property
     def all_images(self) -> list[ImageSource | SelectedImage]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Answer, Pruning, Request
 
 _LONGEST_WAIT_MS = 3_600_000.0
+# Pipelines that a service uses now.
+_served: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
 
 @dataclass(eq=False)
@@ -72,7 +75,8 @@ class Service:
 
     Raises:
         ConfigError: if a number is out of range, or the engine answers one at a time.
-        UsageError: if the pipeline has no language model.
+        UsageError: if the pipeline has no language model, or a service already.
+        LLMError: if the pipeline is not open.
     """
 
     def __init__(self, vlm: Pipeline, *, max_answers: int, max_wait_ms: float = 5.0, max_queue: int = 64) -> None:
@@ -80,11 +84,12 @@ class Service:
         if llm is None:
             raise UsageError("this pipeline was opened without a language model", expected="one that has")
         for name, count in (("max_answers", max_answers), ("max_queue", max_queue)):
-            if not isinstance(count, int) or count < 1:
-                raise ConfigError(f"service: {name} is out of range", received=count, expected="a whole number from 1")
-        if not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                expected = "a whole number from 1"
+                raise ConfigError(f"service: {name} is out of range", received=repr(count), expected=expected)
+        if not isinstance(max_wait_ms, (int, float)) or not 0 <= max_wait_ms <= _LONGEST_WAIT_MS:
             expected = f"0 to {_LONGEST_WAIT_MS:.0f}"
-            raise ConfigError("service: max_wait_ms is out of range", received=max_wait_ms, expected=expected)
+            raise ConfigError("service: max_wait_ms is out of range", received=repr(max_wait_ms), expected=expected)
         if max_answers > 1 and not llm.capabilities.batch:
             raise ConfigError(
                 f"the engine '{llm.name}' works on one answer at a time",
@@ -92,6 +97,12 @@ class Service:
                 expected="1",
                 hint="max_answers=1, or an engine that batches (onnxruntime, llamacpp, vllm)",
             )
+        _ = llm.limits  # raises while the pipeline is not open
+        if vlm in _served:
+            raise UsageError(
+                "another service uses this pipeline", expected="a pipeline of its own, or one service for all requests"
+            )
+        _served.add(vlm)
         self.vlm = vlm
         self.max_answers = max_answers
         self.max_wait_ms = max_wait_ms
@@ -130,8 +141,16 @@ class Service:
 
         Raises:
             QueueFullError: if as many requests are waiting as may.
-            UsageError: if the service is closed.
+            UsageError: if the service is closed, or an argument is of another type.
         """
+        given = ((request, Request), (pruning, Pruning | None), (params, SamplingParams | None))
+        for value, kind in given:
+            if not isinstance(value, kind):
+                raise UsageError(
+                    "this is not what a service takes",
+                    received=repr(value),
+                    expected="submit(Request([image], question), Pruning(budget=…), SamplingParams(…))",
+                )
         job = _Job(request, Pruning() if pruning is None else pruning, params, on_text)
         with self._changed:
             if self._closing:
@@ -166,6 +185,7 @@ class Service:
             self._thread.join()
             raise
         self._llm.max_answers = 1
+        _served.discard(self.vlm)
 
     def _end(self, finish: bool) -> None:
         with self._changed:

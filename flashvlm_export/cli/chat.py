@@ -68,8 +68,14 @@ def run(args: argparse.Namespace) -> None:
                 answer = chat.ask(text, images, params=params, on_text=lambda piece: say(piece, end=""))
             except (ImageError, LLMError, PromptError, UsageError) as error:
                 if not by_hand:
+                    if args.json and results:  # what was answered is not lost
+                        print_json({"bundle": str(args.bundle), "answers": results})
                     raise
-                print(error, file=sys.stderr)  # the conversation stands: the next line may do better
+                # The conversation stands, without what came for this line: the next one may do better.
+                print(error, file=sys.stderr)
+                if images and not text.startswith("/"):
+                    print(f"without {', '.join(images)}; /image FILE shows a picture again", file=sys.stderr)
+                    images = []
                 continue
             stats = answer.stats
             say()

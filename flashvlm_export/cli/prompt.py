@@ -9,6 +9,7 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_prompt_arguments, budget_from
+from flashvlm_export.errors import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +29,10 @@ def run(args: argparse.Namespace) -> None:
     from flashvlm_export.runtime.prompt_file import write_prompt
     from flashvlm_export.runtime.request import Request
 
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(
+            "the folder of the prompt file does not exist", received=str(args.output), hint="make the folder first"
+        )
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)
     with pipeline_from(args, bundle, with_llm=False) as pipeline:

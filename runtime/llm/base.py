@@ -177,7 +177,9 @@ class LLMEngine(ABC):
     def limits(self) -> Limits:
         """What this engine takes; raises :class:`LLMError` while it is closed."""
         if self._limits is None:
-            raise LLMError("the language model is not open", hint="call open(), or use it in a with statement")
+            raise LLMError(
+                "the language model is not open", hint="use it in a with statement, or call open(), a pipeline's load()"
+            )
         return self._limits
 
     def open(self) -> None:
@@ -201,7 +203,7 @@ class LLMEngine(ABC):
                 f"the engine '{self.name}' counts positions by itself",
                 received="kept tokens with their original positions",
                 expected="contiguous ones",
-                hint="--positions contiguous, or another engine",
+                hint="another engine, or --positions contiguous, with which a prompt in a file has to be written anew",
             )
 
     def embedding_rows(self, token_ids: Array) -> Array | None:

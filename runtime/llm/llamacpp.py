@@ -76,6 +76,7 @@ class LlamaCppLLM(BatchingLLM):
         self._positions = 0
 
     def _open(self) -> Limits:
+        self._require_file()
         try:
             import gguf  # noqa: F401  # for embedding_rows
             import llama_cpp
@@ -83,7 +84,6 @@ class LlamaCppLLM(BatchingLLM):
             raise DependencyError(
                 "the engine 'llamacpp' cannot be loaded", received=str(error), hint=install_hint("llamacpp")
             ) from error
-        self._require_file()
         self._lib = lib = llama_cpp
         _listen(lib)
         try:

@@ -38,6 +38,7 @@ class TransformersLLM(CheckpointLLM):
         self._model: Any = None
 
     def _open(self) -> Limits:
+        self._require_directory()
         try:
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -47,7 +48,6 @@ class TransformersLLM(CheckpointLLM):
                 "the engine 'transformers' is not installed", received=str(error), hint=install_hint("export")
             ) from error
         logging.disable_progress_bar()
-        self._require_directory()
         try:
             if self.threads is not None:
                 torch.set_num_threads(self.threads)

@@ -157,7 +157,9 @@ def test_a_line_that_fails_ends_a_script_and_not_a_person(
     lines = f"What is it?\n{line}\nAnd now?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(command) != 0
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert [row["prompt"] for row in json.loads(captured.out)["answers"]] == ["What is it?"], "an answer was lost"
     monkeypatch.setattr("sys.stdin", Terminal(lines))
     assert main(command) == 0
     captured = capsys.readouterr()
@@ -167,6 +169,22 @@ def test_a_line_that_fails_ends_a_script_and_not_a_person(
     monkeypatch.setattr("sys.stdin", Terminal(lines))
     assert main([*command, "--budget", "99"]) == 2, "what no line can mend"
     assert "99" in capsys.readouterr().err
+
+
+def test_a_question_that_fails_takes_its_pictures_along(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Otherwise one that is too long would make all later ones so."""
+    for number in range(2):
+        Image.fromarray(picture(number)).save(tmp_path / f"{number}.png")
+    command = ["chat", str(tiny_bundle), "--image", str(tmp_path / "0.png"), "--max-tokens", "3", "--json"]
+    lines = f"What is it?\n/image {tmp_path / '1.png'}\n/image nothing.png\nAnd this <image>?\nAnd now?\n"
+    monkeypatch.setattr("sys.stdin", Terminal(lines))
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("shows a picture again") == 1
+    answers = json.loads(captured.out)["answers"]
+    assert [(row["prompt"], len(row["kept_indices"])) for row in answers] == [("What is it?", 1), ("And now?", 1)]
 
 
 def test_pictures_are_looked_at_before_anything_is_asked(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,6 +197,12 @@ def test_answer_carries_text_tokens_and_times(pipeline: Pipeline) -> None:
     np.testing.assert_array_equal(pipeline.llm.inputs_embeds, answer.prompt.inputs_embeds)
 
 
+@pytest.mark.parametrize("images", ["photo.jpg", Path("photo.jpg"), b"bytes", np.zeros((2, 2, 3), np.uint8)])
+def test_one_image_instead_of_a_list(images: object) -> None:
+    with pytest.raises(UsageError, match="are a list"):
+        Request(images, "What is it?")
+
+
 def test_an_answer_ends_before_a_stop_text(pipeline: Pipeline) -> None:
     whole = pipeline.ask(picture(), "What is it?", budget=3)
     texts = [pipeline.prompts.tokenizer.decode([token]) for token in whole.token_ids]

@@ -300,9 +300,27 @@ def test_settings_out_of_range(vlm: Pipeline, settings: dict[str, float], named:
         Service(vlm, **{"max_answers": 1, **settings})
 
 
+def test_one_service_at_a_time(vlm: Pipeline) -> None:
+    with Service(vlm, max_answers=2) as service:
+        with pytest.raises(UsageError, match="another service uses this pipeline"):
+            Service(vlm, max_answers=1)
+        futures = [service.submit(question(seed), params=SamplingParams(3)) for seed in range(4)]
+        assert all(len(future.result(WAIT_S).token_ids) == 3 for future in futures)
+
+
+@pytest.mark.parametrize("wrong", [("What?",), (question(), 128), (question(), None, {"max_new_tokens": 3})])
+def test_arguments_of_another_type(vlm: Pipeline, wrong: tuple[object, ...]) -> None:
+    with Service(vlm, max_answers=1) as service:
+        with pytest.raises(UsageError, match="not what a service takes"):
+            service.submit(*wrong)
+        assert service.submit(question(), params=SamplingParams(2)).result(WAIT_S).token_ids
+
+
 def test_pipelines_that_cannot_serve(tiny_bundle: Path) -> None:
     with Pipeline.open(tiny_bundle, llm=None) as mute, pytest.raises(UsageError, match="without a language model"):
         Service(mute, max_answers=1)
+    with pytest.raises(LLMError, match="not open"):
+        Service(Pipeline.open(tiny_bundle), max_answers=2)
     single = Pipeline.open(tiny_bundle, llm="transformers:nowhere")
     with pytest.raises(ConfigError, match="one answer at a time"):
         Service(single, max_answers=2)
