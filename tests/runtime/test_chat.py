@@ -102,8 +102,10 @@ def test_a_question_that_fails_leaves_the_conversation(vlm: Pipeline) -> None:
 
 def test_history_and_raw_prompts_exclude_each_other(vlm: Pipeline) -> None:
     history = [Exchange([picture(0)], "What is it?", "A cat.")]
-    with pytest.raises(UsageError, match="raw prompt has its history inside"):
+    with pytest.raises(UsageError, match="raw prompt has history and system text inside"):
         vlm.encode([Request([], "USER: and now?", raw=True, history=history)])
+    with pytest.raises(UsageError, match="raw prompt has history and system text inside"):
+        vlm.encode([Request([picture(0)], "USER: <image> and now?", system="Be brief.", raw=True)])
 
 
 def test_the_command(
