@@ -237,7 +237,7 @@ class Service:
         now = time.perf_counter()
         try:
             prompts = self.vlm.encode_each([(job.request, job.pruning) for job in jobs])
-        except Exception as error:
+        except Exception as error:  # whatever it is, it belongs to the request, and the thread goes on
             if len(jobs) == 1:
                 self._let_go(jobs[0], error)
                 return
@@ -255,7 +255,7 @@ class Service:
         try:
             if not job.future.cancelled():
                 result = next(job.steps)
-        except Exception as error:
+        except Exception as error:  # whatever it is, it belongs to the request, and the thread goes on
             result = error
         if result is not None or job.future.cancelled():
             self._let_go(job, result)

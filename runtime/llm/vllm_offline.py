@@ -141,13 +141,13 @@ class VllmOfflineLLM(CheckpointLLM):
             given = {"prompt_embeds": torch.from_numpy(np.float32(prompt)).to(self._engine.model_config.dtype)}
         try:
             self._engine.add_request(name, given, settings)
-        except Exception as error:
+        except Exception as error:  # as above: no common base
             raise _failed(error) from error
 
     def _step(self) -> list[Any]:
         try:
             outputs: list[Any] = self._engine.step()
-        except Exception as error:
+        except Exception as error:  # as above: no common base
             raise _failed(error) from error
         return outputs
 
