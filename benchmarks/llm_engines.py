@@ -30,11 +30,13 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.manifest import DecoderEntry
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
 from flashvlm_export.runtime.llm.registry import require_same_model
+from flashvlm_export.runtime.llm.vllm_offline import VllmOfflineLLM
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import PrunedPrompt, Request
 from flashvlm_export.specs import Array
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+MAX_POSITIONS = 1024  # of a prompt and its answer
 QUESTION = "What is in the picture, and where is it?"
 
 
@@ -151,6 +153,8 @@ def main() -> int:
         for wanted in args.llm or ["onnxruntime"]:
             vlm = Pipeline.open(bundle, llm=wanted, threads=args.threads)
             assert vlm.llm is not None
+            if isinstance(vlm.llm, VllmOfflineLLM):  # by itself it halves the precision
+                vlm.llm.options = {"dtype": "float32", "max_model_len": MAX_POSITIONS, "enable_prefix_caching": False}
             engine = stack.enter_context(vlm.llm)
             require_same_model(engine, bundle.manifest, vlm.embeddings)
             name, _, where = wanted.partition(":")
