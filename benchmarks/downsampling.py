@@ -69,7 +69,7 @@ def asking(bundle: Path, checkpoint: Path, max_tokens: int, positions: Positions
         where = None
         if positions == "original":
             patches = middles(math.isqrt(len(tokens)), math.isqrt(vlm.visual_tokens))
-            where = splice_positions(len(rows), tokenized.image_positions, [patches], vlm.visual_tokens)
+            where = splice_positions(len(rows), tokenized.image_positions, [patches], [vlm.visual_tokens])
         said = reference.generate(splice(rows, tokenized.image_positions, [tokens]), max_tokens, positions=where)
         words = vlm.prompts.detokenizer()
         text = "".join(map(words.feed, said)) + words.flush()

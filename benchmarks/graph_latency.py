@@ -22,7 +22,7 @@ from turns import take_turns
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.report.worker import Worker
-from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
+from flashvlm_export.runtime.graph_inputs import GraphInputs
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
 from flashvlm_export.specs import Precision
 
@@ -30,9 +30,9 @@ from flashvlm_export.specs import Precision
 def make_run(path: Path, precision: str, budget: int, threads: int) -> Callable[[], None]:
     """Return a function that runs the graph once, on noise."""
     bundle = Bundle.open(path)
-    chosen, side = Precision(precision), bundle.manifest.dims.image_size
-    pixels = np.random.default_rng(0).standard_normal((1, 3, side, side), np.float32)
-    feeds = visual_feeds(pixels, [GraphInputs(bundle).random_text_rows(0, chosen)], budget)
+    chosen, inputs = Precision(precision), GraphInputs(bundle)
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    feeds = inputs.feeds(noise, inputs.random_text_rows(0, chosen), budget)
     session = OnnxRuntimeSession(bundle.graph_file(chosen), bundle.manifest.graphs[precision].spec, threads=threads)
     session.open()
 

@@ -126,7 +126,7 @@ def first_tokens(
     for row, indices in zip(rows, kept, strict=True):
         where, words = row.prompt.image_positions, vlm.embeddings.lookup(row.prompt.token_ids)
         embeds.append(torch.from_numpy(splice(words, where, [row.tokens[indices]])))
-        original = splice_positions(len(words), where, [indices], len(row.tokens))
+        original = splice_positions(len(words), where, [indices], [len(row.tokens)])
         place = original if variant.positions == "original" else np.arange(len(original))
         places.append(torch.from_numpy(place))
     # Padding comes last, where causal attention does not see it.

@@ -35,7 +35,7 @@ from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
 from flashvlm_export.selection import FlashVLMConfig, get_selector
 from flashvlm_export.selection.config import DIVERSITIES
-from flashvlm_export.specs import VISUAL_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
+from flashvlm_export.specs import QUESTION_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
 
 QUESTION = (
     "Look at the photograph closely and tell me, in one or two sentences, which objects lie on the table beside the "
@@ -48,6 +48,7 @@ PARTS = {
     "selection": (("patch_features", "saliency", "projected_tokens"), VISUAL_OUTPUTS),
 }
 FEEDS = "feeds.npz"
+INPUTS = ("pixel_values", *QUESTION_INPUTS)
 
 
 def prepare(directory: Path, model: str, threads: int, *, budget: int, text: int) -> None:
@@ -87,7 +88,7 @@ def make_variant(name: str, directory: Path, model: str, threads: int) -> Callab
     if name in ("preprocess", "tokenise and look up"):
         front, text = FrontEnd(adapter, weights, directory), feeds["text_embeds"].shape[1]
         return lambda: {"": front.pixels() if name == "preprocess" else front.guide(text)}
-    pixels, text_embeds, text_mask, budget = inputs = [torch.from_numpy(feeds[name]) for name in VISUAL_INPUTS]
+    pixels, text_embeds, text_mask, budget = inputs = [torch.from_numpy(feeds[name]) for name in INPUTS]
     if name == "reference":
         authors = Authors(adapter, weights)
         return lambda: _named(("patch_features", "saliency", "projected_tokens"), authors.encode(pixels))

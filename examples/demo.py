@@ -63,8 +63,8 @@ def main() -> None:
             ]
             print(f"  {question:42}{said[0]:20}{said[1]}")
             caption = f"{question}\n{said[0]}"
-            grid = bundle.manifest.dims.grid
-            sheets.append(draw_selection(vlm.view(PICTURE), prompt.indices[0], prompt.scores[0], grid, caption))
+            kept = prompt.images[0]
+            sheets.append(draw_selection(vlm.view(PICTURE), kept.indices, kept.scores, kept.layout.grids, caption))
         save_picture(stack(sheets), args.heatmap)
 
         pruned, unpruned = answers[-1]
@@ -82,12 +82,13 @@ def compare(vlm: Pipeline, checkpoint: Path, budget: int, pruned: list[Answer], 
         reference = LlavaReference(checkpoint)
     selection = vlm.bundle.manifest.selection
     config = get_selector(selection.selector).make_config(selection.config)
-    pixels = vlm.preprocess([load_image(PICTURE)])
+    picture = vlm.inputs.prepare(load_image(PICTURE))
+    pixels = picture.pixels
     overlaps, errors, same = [], [], {"kept": 0, "all": 0}
     for question, answer, other in zip(QUESTIONS, pruned, unpruned, strict=True):
         tokenized = vlm.prompts.chat(question)
         rows = vlm.embeddings.lookup(tokenized.text_ids("prompt"), np.dtype(np.float32))
-        feeds = visual_feeds(pixels, [rows], budget)
+        feeds = visual_feeds([picture], [rows], budget)
         have = vlm.session.run(feeds)
         want = reference.visual(pixels, feeds["text_embeds"], feeds["text_mask"], budget, config)
         common = np.intersect1d(have.indices, want.indices).size

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashvlm_export import __version__
-from flashvlm_export.bundle import PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
+from flashvlm_export.bundle import NEWLINE, PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
 from flashvlm_export.errors import (
     CheckpointError,
     ConfigError,
@@ -28,7 +28,12 @@ from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
 from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
 from flashvlm_export.export.split import write_split_graphs
-from flashvlm_export.export.text_model import count_text_parameters, text_model_tensors, write_text_embeddings
+from flashvlm_export.export.text_model import (
+    count_text_parameters,
+    text_model_tensors,
+    write_newline,
+    write_text_embeddings,
+)
 from flashvlm_export.export.visual_graph import build_visual_graph
 from flashvlm_export.files import atomic_directory, bundle_lock, require_free_space, storage_errors
 from flashvlm_export.manifest import (
@@ -115,6 +120,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
 
     weights = open_weights(settings.model, settings.weights, revision=settings.revision)
     adapter = _open_adapter(weights)
+    _check_selectors(settings, adapter)
     decoder = _resolve_decoder(settings, adapter, weights)
     _print_settings(settings, adapter, weights, config, decoder, progress)
     if decoder != "none":
@@ -127,6 +133,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
         # What is quick comes first, so that a checkpoint that lacks something is refused at once.
         progress.step("text embeddings")
         write_text_embeddings(staging / TEXT_EMBEDDINGS, adapter, weights)
+        write_newline(staging / NEWLINE, adapter, weights)
         prompt = None
         if weights.directory is not None:
             progress.step("tokenizer, chat template, image processor")
@@ -212,6 +219,16 @@ def _check_settings(settings: ExportSettings) -> None:
         )
 
 
+def _check_selectors(settings: ExportSettings, adapter: Adapter) -> None:
+    for name in (settings.selector, *settings.further_selectors):
+        if get_selector(name).needs_fixed_grid and adapter.dims.most_tiles > 1:
+            raise ConfigError(
+                f"the selector '{name}' needs the same grid of visual tokens in every image",
+                received=f"{adapter.family}, which sees images in {adapter.dims.describe_pictures()}",
+                expected="another selector, or a model that sees an image as one picture",
+            )
+
+
 def _open_adapter(weights: WeightSource) -> Adapter:
     model_type = weights.config["model_type"]
     try:
@@ -253,8 +270,7 @@ def _print_settings(
     progress.step(f"exporting {settings.model} to {settings.output}")
     progress.note(f"weights      {weights.label}{f' {weights.directory}' if weights.directory else ''}")
     progress.note(
-        f"visual side  {adapter.family}, {dims.image_size} px, {dims.num_patches} visual tokens, "
-        f"widths {dims.vision_width} → {dims.llm_width}"
+        f"visual side  {adapter.family}, {dims.describe_pictures()}, widths {dims.vision_width} → {dims.llm_width}"
     )
     progress.note(f"precisions   {', '.join(precision.value for precision in settings.precisions)}")
     progress.note(f"selector     {settings.selector} {asdict(config)}")
@@ -301,8 +317,7 @@ def _write_graphs(
 
     step("weights")
     module = build_visual_graph(adapter, weights, selector, config, precision, progress, needs_saliency=settings.split)
-    dims = adapter.dims
-    inputs = adapter.inputs(precision, batch=2, text=9, budget=max(1, dims.num_patches // 3))
+    inputs = adapter.inputs(precision, batch=2, text=9, budget=max(1, adapter.sample_patches // 3))
     step("torch → ONNX")
     graph = onnx_from_visual_graph(module, inputs, staging / f"visual.{precision.value}.onnx")
     report = check_graph(graph, adapter, module.float(), config, precision, step)

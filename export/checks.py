@@ -30,7 +30,7 @@ from flashvlm_export.export.ort_outputs import ort_outputs
 from flashvlm_export.export.visual_graph import VisualGraph
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.selection import select_tokens
-from flashvlm_export.specs import ENCODER_OUTPUTS, VISUAL_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
+from flashvlm_export.specs import ENCODER_OUTPUTS, QUESTION_INPUTS, VISUAL_OUTPUTS, Array, Feeds, Precision
 
 # Largest error of encoder outputs against float32 torch, relative to their largest magnitude. float32 sums of some
 # thousand terms in another order stay near 1e-5 over 23 layers; float16 has 2^-11 per operation and reaches 1e-2.
@@ -94,7 +94,7 @@ def check_graph(
     """
     progress("ONNX checker")
     _check_onnx(graph.file)
-    cases = check_cases(adapter.dims.num_patches)
+    cases = check_cases(adapter.sample_patches)
     feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
     progress("reference outputs in torch")
     expected = [_reference_encoder(reference, feed) for feed in feeds]
@@ -155,10 +155,10 @@ def check_split(
     for file in (encoder, *(selector.file for selector in selectors)):
         _check_onnx(file)
     progress("the halves in ONNX Runtime")
-    cases = check_cases(adapter.dims.num_patches)
+    cases = check_cases(adapter.sample_patches)
     feeds = [_feeds(adapter, precision, case, seed) for seed, case in enumerate(cases, start=100)]
     fused = ort_outputs(graph.probe, feeds)
-    encoded = ort_outputs(encoder, [{"pixel_values": feed["pixel_values"]} for feed in feeds])
+    encoded = ort_outputs(encoder, [_vision(feed) for feed in feeds])
     worst = 0.0
     for case, whole, half in zip(cases, fused, encoded, strict=True):
         for name in ENCODER_OUTPUTS:
@@ -172,7 +172,7 @@ def check_split(
             worst = max(worst, error)
     exact = tied = 0
     for selector in selectors:
-        questions = [{name: feed[name] for name in VISUAL_INPUTS[1:]} for feed in feeds]
+        questions = [{name: feed[name] for name in QUESTION_INPUTS} for feed in feeds]
         given = [{**half, **question} for half, question in zip(encoded, questions, strict=True)]
         chosen = ort_outputs(selector.file, given)
         for case, feed, half, kept in zip(cases, feeds, encoded, chosen, strict=True):
@@ -202,12 +202,17 @@ def _check_onnx(file: Path) -> None:
 
 def _feeds(adapter: Adapter, precision: Precision, case: CheckCase, seed: int) -> Feeds:
     inputs = adapter.inputs(precision, batch=case.batch, text=case.text, budget=case.budget, seed=seed)
-    return {name: tensor.numpy() for name, tensor in zip(VISUAL_INPUTS, inputs.tensors, strict=True)}
+    return {spec.name: tensor.numpy() for spec, tensor in zip(inputs.spec.inputs, inputs.tensors, strict=True)}
+
+
+def _vision(feed: Feeds) -> Feeds:
+    """Return what the encoder takes of the inputs of the whole graph, in their order."""
+    return {name: array for name, array in feed.items() if name not in QUESTION_INPUTS}
 
 
 def _reference_encoder(reference: VisualGraph, feed: Feeds) -> dict[str, Array]:
     with torch.no_grad():
-        outputs = reference.encoder(torch.from_numpy(feed["pixel_values"]))
+        outputs = reference.encoder(*map(torch.from_numpy, _vision(feed).values()))
     return {name: output.numpy() for name, output in zip(ENCODER_OUTPUTS, outputs, strict=True) if output is not None}
 
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from flashvlm_export import interrupts
 from flashvlm_export.errors import ExportError
+from flashvlm_export.export.loop_sorts import sort_in_fixed_length
 from flashvlm_export.export.translations import TRANSLATIONS
 from flashvlm_export.export.visual_graph import SelectorGraph, VisualGraph
 from flashvlm_export.models.adapter import GraphInputs
-from flashvlm_export.specs import ENCODER_OUTPUTS, VISUAL_INPUTS, VISUAL_OUTPUTS, GraphSpec
+from flashvlm_export.specs import ENCODER_OUTPUTS, VISUAL_OUTPUTS, GraphSpec
 
 OPSET = 20
 
@@ -36,7 +37,7 @@ class ExportedGraph:
 def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path) -> ExportedGraph:
     """Write ``file`` (weights in ``file.data``) and its probe beside it.
 
-    Batch, text and budget are dynamic as ``inputs.spec`` says; opset 20, because JetPack 6's TensorRT reads it.
+    Sizes and budget are dynamic as ``inputs.spec`` says; opset 20, because JetPack 6's TensorRT reads it.
 
     Raises:
         ExportError: if torch cannot trace or translate the module.
@@ -48,7 +49,7 @@ def onnx_from_visual_graph(module: VisualGraph, inputs: GraphInputs, file: Path)
     for weight in model.graph.initializers.values():
         # onnxscript's rewrite rules, which live as long as the process, remember the last graph that they matched.
         weight.const_value = None
-    _save_part(probe, file, VISUAL_INPUTS, VISUAL_OUTPUTS)
+    _save_part(probe, file, [tensor.name for tensor in inputs.spec.inputs], VISUAL_OUTPUTS)
     return ExportedGraph(file, probe)
 
 
@@ -73,7 +74,7 @@ def encoder_from_probe(graph: ExportedGraph, spec: GraphSpec, file: Path) -> Non
         before = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
         is_half = before is not None and before.dtype == ir.DataType.FLOAT16
         cut.append(str(before.name) if before is not None and is_half else name)
-    _save_part(graph.probe, file, VISUAL_INPUTS[:1], cut, spec)
+    _save_part(graph.probe, file, spec.vision_inputs, cut, spec)
 
 
 def _save_part(
@@ -95,6 +96,8 @@ def _save_part(
 def _translate(module: nn.Module, inputs: GraphInputs, outputs: Sequence[str]) -> ir.Model:
     """Return ``module`` as ONNX, with the names and shapes of ``inputs.spec`` and nothing of the exporting machine."""
     model = _export(module, inputs)
+    if any(dim.name == "visual" for dim in inputs.spec.dims):
+        sort_in_fixed_length(model.graph, inputs.spec.dim("visual").max)
     for value in model.graph.all_nodes():
         # Stack traces and scopes of the exporting machine: no use to a device, and different on every machine.
         value.metadata_props.clear()
@@ -105,10 +108,12 @@ def _translate(module: nn.Module, inputs: GraphInputs, outputs: Sequence[str]) -
     model.producer_name, model.producer_version = "flashvlm-export", ""
     for output, name in zip(model.graph.outputs, outputs, strict=True):
         output.name = name
+    rows = {given: spec.shape[:1] for given, spec in zip(model.graph.inputs, inputs.spec.inputs, strict=True)}
     for node in model.graph:
-        # The exporter reads the batch size off any input; off the first one, the encoder needs no text.
-        if node.op_type == "Shape" and node.inputs[0] in model.graph.inputs and node.attributes.get_int("end", 0) == 1:
-            node.replace_input_with(0, model.graph.inputs[0])
+        # The exporter reads the batch size off any input; off the first that has it, the encoder needs no text.
+        asked = node.inputs[0] if node.op_type == "Shape" and node.attributes.get_int("end", 0) == 1 else None
+        if asked in rows:
+            node.replace_input_with(0, next(given for given in rows if rows[given] == rows[asked]))
     specs = {spec.name: spec for spec in (*inputs.spec.inputs, *inputs.spec.outputs)}
     for output in (*model.graph.inputs, *model.graph.outputs):
         if output.name in specs:
@@ -119,18 +124,18 @@ def _translate(module: nn.Module, inputs: GraphInputs, outputs: Sequence[str]) -
 def _export(module: nn.Module, inputs: GraphInputs) -> ir.Model:
     # Without torchvision, torch says of each of its operators that it is skipped.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    dims = {name: torch.export.Dim(name, min=1, max=1 << 20) for name in ("batch", "text")}
-    shapes = {
-        spec.name: {axis: dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)} or None
-        for spec in inputs.spec.inputs
-    }
+    dims = {dim.name: torch.export.Dim(dim.name, min=dim.min, max=1 << 20) for dim in inputs.spec.dims}
+    shapes = tuple(
+        {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)} or None
+        for tensor in inputs.spec.inputs
+    )
     try:
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             # Two inputs share an axis on purpose; torch says so each time. The pytree warning is torch's own use.
             warnings.filterwarnings("ignore", message=".*shares the same shape constraints.*")
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch|copyreg")
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch|copyreg|onnxscript")
-            program = torch.export.export(module, inputs.tensors, dynamic_shapes=shapes, strict=True)
+            program = torch.export.export(module, inputs.tensors, dynamic_shapes=(shapes,), strict=True)
             exported: Any = torch.onnx.export(
                 program,
                 dynamo=True,

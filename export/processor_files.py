@@ -65,22 +65,28 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
 
 
 def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource) -> None:
-    """Write the checkpoint's image processor settings; with random weights, CLIP's for the model's image size.
+    """Write the checkpoint's image processor settings; with random weights, those that such a checkpoint has.
 
     Raises:
-        CheckpointError: if there are none, or they give images of another size than the vision tower takes.
+        CheckpointError: if there are none, or they give images of another size than the vision tower takes, or in other
+            tiles than the model puts together.
         ConfigError: if the runtime cannot reproduce them exactly.
     """
     size = adapter.dims.image_size
-    config: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    if weights.directory is not None:
-        config = _processor_config(weights.directory)
+    config = adapter.default_processor if weights.directory is None else _processor_config(weights.directory)
     settings = PreprocessorSettings.from_hf(config)
     if settings.output_size != (size, size):
         raise CheckpointError(
             "image processor and vision tower do not belong together",
             received=f"images of {settings.output_size}",
             expected=f"({size}, {size}), from config.json",
+        )
+    expected = PreprocessorSettings.from_hf(adapter.default_processor).resolutions
+    if settings.resolutions != expected:
+        raise CheckpointError(
+            "image processor and model do not see an image in the same tiles",
+            received=f"resolutions {settings.resolutions or 'none'}",
+            expected=f"{expected or 'none'}, from config.json",
         )
     path.write_bytes(encode_preprocessor(settings))
 

@@ -69,8 +69,8 @@ def write_split_graphs(
 
 def _selector_inputs(adapter: Adapter, precision: Precision) -> GraphInputs:
     """Return seeded random sample inputs of a selector, with its contract."""
-    batch, count = 2, adapter.dims.num_patches
-    _, *question = adapter.inputs(precision, batch=batch, text=9, budget=max(1, count // 3)).tensors
+    batch, count = 2, adapter.sample_patches
+    question = adapter.inputs(precision, batch=batch, text=9, budget=max(1, count // 3)).tensors[-3:]
     dtype = question[0].dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

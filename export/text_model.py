@@ -36,6 +36,12 @@ def write_text_embeddings(path: Path, adapter: Adapter, weights: WeightSource) -
             stream.write((rows if dtype == np.float16 else rows.float()).numpy().tobytes())
 
 
+def write_newline(path: Path, adapter: Adapter, weights: WeightSource) -> None:
+    """Write the embedding ``[D]`` that ends a line of tiles as ``.npy``, float32, where the model has one."""
+    if adapter.newline_key is not None:
+        np.save(path, weights.read(adapter.newline_key, (adapter.dims.llm_width,)).float().numpy())
+
+
 def text_model_tensors(adapter: Adapter, weights: WeightSource, progress: Progress) -> Iterator[tuple[str, Tensor]]:
     """Yield ``(name in the causal LM's state dict, tensor)``; names and shapes come from transformers' own class.
 

@@ -31,11 +31,10 @@ class VisualGraph(nn.Module):
         self.encoder = encoder
         self.selector = selector
 
-    def forward(
-        self, pixel_values: Tensor, text_embeds: Tensor, text_mask: Tensor, budget: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``, then what the encoder gave."""
-        features, saliency, tokens = self.encoder(pixel_values)
+        *vision, text_embeds, text_mask, budget = inputs
+        features, saliency, tokens = self.encoder(*vision)
         # The checks have to see the very tensors that selection sees: ONNX Runtime on a CPU computes float16 graphs in
         # float32 and rounds only at the outputs.
         features32, tokens32 = features.float(), tokens.float()
@@ -52,16 +51,9 @@ class SelectorGraph(nn.Module):
         super().__init__()
         self.selector = selector
 
-    def forward(
-        self,
-        patch_features: Tensor,
-        saliency: Tensor,
-        projected_tokens: Tensor,
-        text_embeds: Tensor,
-        text_mask: Tensor,
-        budget: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Return ``visual_tokens [B,K,D], visual_indices [B,K], scores [B,N]``."""
+        patch_features, saliency, projected_tokens, text_embeds, text_mask, budget = inputs
         kept, scores = self.selector(
             patch_features.float(), saliency, projected_tokens.float(), text_embeds.float(), text_mask, budget
         )

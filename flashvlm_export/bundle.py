@@ -29,6 +29,7 @@ from flashvlm_export.records import encode_record
 from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision
 
+NEWLINE = "image_newline.npy"
 TEXT_EMBEDDINGS = "text_embeddings.npy"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -1,7 +1,8 @@
 """``preprocessor.json``: how an image becomes ``pixel_values``, as the checkpoint's own image processor does it.
 
 Read from a Hugging Face ``preprocessor_config.json`` when a bundle is written, and by the runtime when it is opened.
-The steps are those of transformers' ``CLIPImageProcessorPil`` and ``LlavaImageProcessorPil``. The torchvision variants
+The steps are those of transformers' ``CLIPImageProcessorPil``, ``LlavaImageProcessorPil`` and
+``LlavaNextImageProcessorPil``. The torchvision variants
 (``CLIPImageProcessor`` where torchvision is installed, ``CLIPImageProcessorFast``) take the same settings but round
 their resize differently, so they differ from it, and from this package, by a few grey levels.
 """
@@ -32,6 +33,9 @@ _CLIP_TYPES = frozenset(
     {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}
 )
 _LLAVA_TYPES = frozenset({"LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"})
+_LLAVA_NEXT_TYPES = frozenset({"LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil"})
+_TYPES = _CLIP_TYPES | _LLAVA_TYPES | _LLAVA_NEXT_TYPES
+_LLAVA_NEXT_RESOLUTIONS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class PreprocessorSettings:
         rescale_factor: multiplies the 8-bit values.
         mean: per channel, subtracted after rescaling.
         std: per channel, divides after ``mean``; both or none.
+        resolutions: heights and widths in pixels to which an image can be scaled before it is cut into tiles of
+            the size ``resize``, that of the overview; empty where an image is one picture.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -57,15 +63,21 @@ class PreprocessorSettings:
     rescale_factor: float | None
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    resolutions: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        sides = [self.shortest_edge, *(self.resize or ()), *(self.crop or ())]
+        sides = [self.shortest_edge, *(self.resize or ()), *(self.crop or ()), *sum(self.resolutions, ())]
         if any(side is not None and not 1 <= side <= _MAX_SIDE for side in sides):
             raise ValueError(f"sizes have to be 1 to {_MAX_SIDE} pixels, got {sides}")
         if self.shortest_edge is not None and self.resize is not None:
             raise ValueError("shortest_edge and resize exclude each other")
         if self.crop is None and self.resize is None:
             raise ValueError("without crop or resize the output size depends on the image")
+        tile = self.resize or (1, 1)
+        if self.resolutions and (self.resize is None or self.crop is not None or self.pad_color is not None):
+            raise ValueError("resolutions need resize, the size of a tile, and neither crop nor pad_color")
+        if any(height % tile[0] or width % tile[1] for height, width in self.resolutions):
+            raise ValueError(f"resolutions have to be made of tiles of {tile}, got {self.resolutions}")
         if self.resample not in _RESAMPLING_FILTERS:
             raise ValueError(f"resample has to be 0 to 5, got {self.resample}")
         if self.pad_color is not None and not all(0 <= level <= 255 for level in self.pad_color):
@@ -119,13 +131,13 @@ def decode_preprocessor(content: bytes) -> PreprocessorSettings:
 
 def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "CLIPImageProcessor"
-    if kind not in _CLIP_TYPES | _LLAVA_TYPES:
-        raise _refused("image_processor_type", kind, f"one of {', '.join(sorted(_CLIP_TYPES | _LLAVA_TYPES))}")
+    if kind not in _TYPES:
+        raise _refused("image_processor_type", kind, f"one of {', '.join(sorted(_TYPES))}")
     if config.get("data_format") not in (None, "channels_first", "ChannelDimension.FIRST"):
         raise _refused("data_format", config["data_format"], "channels_first")
 
     pad_color = None
-    if _flag(config, "do_pad", False):
+    if kind not in _LLAVA_NEXT_TYPES and _flag(config, "do_pad", False):  # there, pads a batch to the most tiles
         if kind not in _LLAVA_TYPES:
             raise _refused("do_pad", True, f"false for {kind}: it pads a batch to its largest image")
         mean = _triple(config, "image_mean", _CLIP_MEAN)
@@ -142,6 +154,15 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         if not isinstance(resample, int) or isinstance(resample, bool) or resample not in _RESAMPLING_FILTERS:
             raise _refused("resample", resample, "0 to 5, a filter of PIL.Image.Resampling")
     crop = _crop(config) if _flag(config, "do_center_crop", True) else None
+    resolutions: tuple[tuple[int, int], ...] = ()
+    if kind in _LLAVA_NEXT_TYPES:
+        resolutions = _resolutions(config)
+        if shortest_edge is not None:
+            resize, shortest_edge = (shortest_edge, shortest_edge), None
+        # Tiles are made in the size of the crop; of that of the resize too, neither changes them any more.
+        if resize is None or crop not in (None, resize):
+            raise _refused("crop_size", crop, f"the same as `size`, {resize}")
+        crop = None
     if crop is None and resize is None:
         # Padded to a square first, the shorter edge is both edges.
         if pad_color is None or shortest_edge is None:
@@ -168,7 +189,15 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         rescale_factor=rescale,
         mean=normalize[0] if normalize else None,
         std=normalize[1] if normalize else None,
+        resolutions=resolutions,
     )
+
+
+def _resolutions(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    value = config.get("image_grid_pinpoints", _LLAVA_NEXT_RESOLUTIONS)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise _refused("image_grid_pinpoints", value, "a list of [height, width]")
+    return tuple(_height_width(pair, "image_grid_pinpoints", "[height, width]") for pair in value)
 
 
 def _resize(config: Mapping[str, Any]) -> tuple[int | None, tuple[int, int] | None]:
@@ -227,5 +256,5 @@ def _refused(key: str, value: object, expected: str) -> ConfigError:
         f"the image processor's `{key}` cannot be reproduced exactly",
         received=f"{key} = {value!r}",
         expected=expected,
-        hint="only the image processors of CLIP and LLaVA are supported; see preprocessor_config.json",
+        hint="only the image processors of CLIP, LLaVA and LLaVA-NeXT are supported; see preprocessor_config.json",
     )

@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 DType = Literal["float32", "float16", "int64", "bool"]
 
-VISUAL_INPUTS = ("pixel_values", "text_embeds", "text_mask", "budget")
+QUESTION_INPUTS = ("text_embeds", "text_mask", "budget")
 VISUAL_OUTPUTS = ("visual_tokens", "visual_indices", "scores")
 ENCODER_OUTPUTS = ("patch_features", "saliency", "projected_tokens")
 
@@ -95,9 +95,11 @@ class VisualDims:
     Attributes:
         image_size: height and width of ``pixel_values``, in pixels.
         patch_size: height and width of a patch, in pixels.
-        num_patches: visual tokens of one image before pruning (``N``).
+        num_patches: visual tokens of one image before pruning (``N``); of an image in tiles, the most it can have.
         vision_width: channels of a patch feature (``C``).
         llm_width: channels of an LLM embedding (``D``).
+        most_tiles: pictures of ``image_size`` in which one image is seen, at most: an overview and tiles; 1 for models
+            that see it as one.
     """
 
     image_size: int
@@ -105,12 +107,19 @@ class VisualDims:
     num_patches: int
     vision_width: int
     llm_width: int
+    most_tiles: int = 1
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patch rows and columns of one image."""
+        """Patch rows and columns of ``pixel_values``."""
         side = self.image_size // self.patch_size
         return side, side
+
+    def describe_pictures(self) -> str:
+        """Return size and visual tokens of an image, for people."""
+        if self.most_tiles == 1:
+            return f"{self.image_size} px, {self.num_patches} visual tokens"
+        return f"up to {self.most_tiles} pictures of {self.image_size} px, up to {self.num_patches} visual tokens"
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,17 @@ class GraphSpec:
         """Return the dynamic dimension called ``name``."""
         return next(dim for dim in self.dims if dim.name == name)
 
-    def check_feeds(self, feeds: Feeds) -> None:
-        """Raise :class:`SessionError` or :class:`BudgetError` unless ``feeds`` are exactly what the graph takes."""
+    @property
+    def vision_inputs(self) -> list[str]:
+        """Names of the inputs that do not depend on the question."""
+        return [tensor.name for tensor in self.inputs if tensor.name not in QUESTION_INPUTS]
+
+    def check_feeds(self, feeds: Feeds) -> dict[str, int]:
+        """Return the size of each dynamic dimension of ``feeds``, and the budget.
+
+        Raises:
+            SessionError, BudgetError: unless ``feeds`` are exactly what the graph takes.
+        """
         names = [spec.name for spec in self.inputs]
         if sorted(feeds) != sorted(names):
             raise SessionError("wrong set of inputs", received=sorted(feeds), expected=sorted(names))
@@ -138,31 +156,44 @@ class GraphSpec:
         for spec in self.inputs:
             spec.check(feeds[spec.name], sizes)
         if "budget" in names:
-            check_budget(feeds["budget"].item(), self.dim("budget").max)
+            sizes["budget"] = check_budget(feeds["budget"].item(), sizes.get("visual", self.dim("budget").max))
+        return sizes
 
 
 def visual_graph_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
     """Return the contract of the fused visual graph for one model at one precision."""
-    return GraphSpec((_pixels(dims), *_question(dims, precision)), _kept(dims, precision), _dynamic(dims))
+    return _with_dims(dims, (*_pictures(dims), *_question(dims, precision)), _kept(dims, precision))
 
 
 def encoder_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
     """Return the contract of the encoder alone: what an image is, whatever is asked about it."""
-    return GraphSpec((_pixels(dims),), _encoded(dims, precision), _dynamic(dims)[:1])
+    return _with_dims(dims, _pictures(dims), _encoded(dims, precision))
 
 
 def selector_spec(dims: VisualDims, precision: Precision) -> GraphSpec:
     """Return the contract of a selector alone: an encoded image, the text and the budget to the kept tokens."""
-    inputs = (*_encoded(dims, precision), *_question(dims, precision))
-    return GraphSpec(inputs, _kept(dims, precision), _dynamic(dims))
+    return _with_dims(dims, (*_encoded(dims, precision), *_question(dims, precision)), _kept(dims, precision))
 
 
-def _pixels(dims: VisualDims) -> TensorSpec:
-    return TensorSpec("pixel_values", "float32", ("batch", 3, dims.image_size, dims.image_size))
+def _with_dims(dims: VisualDims, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> GraphSpec:
+    """Return the graph with those dynamic dimensions that its inputs have, and the budget if it takes one."""
+    sizes = {size for tensor in inputs for size in (*tensor.shape, tensor.name)}
+    return GraphSpec(inputs, outputs, tuple(dim for dim in _dynamic(dims) if dim.name in sizes))
+
+
+def _pictures(dims: VisualDims) -> tuple[TensorSpec, ...]:
+    """Pixels, and for images in tiles which patches of them, in which order, are the visual tokens of each image."""
+    side = dims.image_size
+    if dims.most_tiles == 1:
+        return (TensorSpec("pixel_values", "float32", ("batch", 3, side, side)),)
+    return (
+        TensorSpec("pixel_values", "float32", ("tiles", 3, side, side)),
+        TensorSpec("layout", "int64", ("batch", "visual")),
+    )
 
 
 def _encoded(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
-    dtype, n = precision.float_dtype, dims.num_patches
+    dtype, n = precision.float_dtype, _visual(dims)
     return (
         TensorSpec("patch_features", dtype, ("batch", n, dims.vision_width)),
         TensorSpec("saliency", "float32", ("batch", n)),
@@ -182,13 +213,26 @@ def _kept(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
     return (
         TensorSpec("visual_tokens", precision.float_dtype, ("batch", "kept", dims.llm_width)),
         TensorSpec("visual_indices", "int64", ("batch", "kept")),
-        TensorSpec("scores", "float32", ("batch", dims.num_patches)),
+        TensorSpec("scores", "float32", ("batch", _visual(dims))),
     )
 
 
+def _visual(dims: VisualDims) -> int | str:
+    return dims.num_patches if dims.most_tiles == 1 else "visual"
+
+
 def _dynamic(dims: VisualDims) -> tuple[DynamicDim, ...]:
-    n = dims.num_patches
-    return DynamicDim("batch", 1, 1, 8), DynamicDim("text", 1, 64, 512), DynamicDim("budget", 1, min(128, n), n)
+    n, text = dims.num_patches, DynamicDim("text", 1, 64, 512)
+    if dims.most_tiles == 1:
+        return DynamicDim("batch", 1, 1, 8), text, DynamicDim("budget", 1, min(128, n), n)
+    # Each image has its overview; the paper's 640 of 2,880 tokens are as many per tile as 128 of 576.
+    return (
+        DynamicDim("tiles", 2, dims.most_tiles, 2 * dims.most_tiles),
+        DynamicDim("batch", 1, 1, 2),
+        DynamicDim("visual", n // dims.most_tiles, n, n),
+        text,
+        DynamicDim("budget", 1, min(128 * dims.most_tiles, n), n),
+    )
 
 
 def check_budget(budget: object, num_patches: int) -> int:

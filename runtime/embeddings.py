@@ -139,25 +139,25 @@ def splice(text_rows: Rows, image_positions: Sequence[int], visual: Sequence[Row
 
 
 def splice_positions(
-    length: int, image_positions: Sequence[int], kept: Sequence[Rows], visual_tokens: int
+    length: int, image_positions: Sequence[int], places: Sequence[Rows], lengths: Sequence[int]
 ) -> npt.NDArray[np.int64]:
     """Return where each row of a spliced prompt would stand if nothing had been pruned.
 
     Args:
         length: tokens of the prompt, placeholders included.
         image_positions: indices of the placeholders, ascending.
-        kept: per image int64 ``[K_i]``, ascending: which of its visual tokens were kept.
-        visual_tokens: of one image without pruning.
+        places: per image int64 ``[R_i]``, ascending: where its rows stand among those that it has without pruning.
+        lengths: per image how many those are.
 
     Returns:
-        int64 ``[length - n + sum(K_i)]``, ascending.
+        int64 ``[length - n + sum(R_i)]``, ascending.
     """
     pieces = []
     start = behind = 0
-    for place, indices in zip(image_positions, kept, strict=True):
-        pieces += [np.arange(start, place) + behind, indices + place + behind]
-        start = place + 1
-        behind += visual_tokens - 1
+    for position, rows, unpruned in zip(image_positions, places, lengths, strict=True):
+        pieces += [np.arange(start, position) + behind, rows + position + behind]
+        start = position + 1
+        behind += unpruned - 1
     return np.concatenate([*pieces, np.arange(start, length) + behind]).astype(np.int64)
 
 

@@ -7,14 +7,17 @@ rows of the embedding table, which calibration can do with.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
-from flashvlm_export.bundle import CHAT_TEMPLATE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
+from flashvlm_export.bundle import CHAT_TEMPLATE, NEWLINE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
 from flashvlm_export.errors import UsageError
 from flashvlm_export.preprocessor import decode_preprocessor
 from flashvlm_export.runtime.embeddings import Rows, TextEmbeddings, pad_text
 from flashvlm_export.runtime.images import ImageSource, load_image
+from flashvlm_export.runtime.layout import ImageLayout, one_picture, overview_and_tiles
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
 from flashvlm_export.specs import Array, Precision
@@ -23,17 +26,36 @@ from flashvlm_export.specs import Array, Precision
 _RANDOM_TEXT = 24
 
 
-def visual_feeds(pixels: Array, guides: Sequence[Rows], budget: int) -> dict[str, Array]:
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """An image ready for the encoder: float32 ``pixels [pictures, 3, H, W]``, and the layout of its visual tokens."""
+
+    pixels: Array
+    layout: ImageLayout
+
+
+def encoder_feeds(images: Sequence[PreparedImage]) -> dict[str, Array]:
+    """Return what the encoder takes; ``images`` have as many visual tokens each."""
+    pixels = np.concatenate([image.pixels for image in images])
+    if len(images[0].layout.grids) == 1:
+        return {"pixel_values": pixels}
+    patches = images[0].layout.grids[0][0] * images[0].layout.grids[0][1]
+    pictures_before = np.cumsum([0, *(len(image.pixels) for image in images[:-1])])
+    layout = np.stack([image.layout.order for image in images]) + pictures_before[:, None] * patches
+    return {"pixel_values": pixels, "layout": layout}
+
+
+def visual_feeds(images: Sequence[PreparedImage], guides: Sequence[Rows], budget: int) -> dict[str, Array]:
     """Return the inputs of the visual graph.
 
     Args:
-        pixels: float32 ``[batch, 3, H, W]``.
+        images: as many visual tokens each.
         guides: per image the text rows ``[L_i, D]`` that guide its selection, in the graph's dtype.
         budget: visual tokens to keep per image.
     """
     text_embeds, text_mask = pad_text(guides)
     return {
-        "pixel_values": pixels,
+        **encoder_feeds(images),
         "text_embeds": text_embeds,
         "text_mask": text_mask,
         "budget": np.array(budget, np.int64),
@@ -50,6 +72,7 @@ class GraphInputs:
         embeddings: the embedding table.
         preprocess: images to ``pixel_values``.
         prompts: questions to tokens; ``None`` without a tokenizer.
+        newline: float32 ``[D]``, the embedding that ends a line of tiles; ``None`` where images are one picture.
 
     Raises:
         BundleError: if its tokenizer, embedding table or preprocessor cannot be read.
@@ -58,6 +81,8 @@ class GraphInputs:
     def __init__(self, bundle: Bundle) -> None:
         self.embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
         self.preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
+        self.newline: Array | None = np.load(bundle.file(NEWLINE)) if NEWLINE in bundle.manifest.files else None
+        self._dims = bundle.manifest.dims
         self.prompts: PromptBuilder | None = None
         if bundle.manifest.prompt is not None:
             template = bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")
@@ -90,4 +115,11 @@ class GraphInputs:
         Raises:
             ImageError: if the image cannot be read.
         """
-        return visual_feeds(self.preprocess([load_image(image)]), [text_rows], budget)
+        return visual_feeds([self.prepare(load_image(image))], [text_rows], budget)
+
+    def prepare(self, image: Image.Image) -> PreparedImage:
+        """Return a picture of mode ``RGB`` ready for the encoder; raises as :class:`ImagePreprocessor` does."""
+        grid = self._dims.grid
+        tiled = self._dims.most_tiles > 1
+        layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), grid) if tiled else one_picture(grid)
+        return PreparedImage(self.preprocess([image]), layout)

@@ -22,44 +22,51 @@ _STOPS = np.array([[0, 0, 4], [60, 15, 112], [158, 44, 98], [229, 92, 48], [251,
 
 
 def draw_selection(
-    view: Image.Image, indices: Array, scores: Array, grid: tuple[int, int], caption: str
+    view: Image.Image, indices: Array, scores: Array, grids: Sequence[tuple[int, int]], caption: str
 ) -> Image.Image:
-    """Return two panels beside each other, with a caption below.
+    """Return two panels beside each other, or two for each grid, with a caption below.
 
     Args:
         view: the picture that the encoder saw.
-        indices: int ``[K]``: kept patches.
-        scores: float ``[N]``: score of each patch.
-        grid: patch rows and columns, ``N`` = rows × columns.
+        indices: int ``[K]``: kept visual tokens.
+        scores: float ``[N]``: score of each.
+        grids: rows and columns of the grids that the tokens form one after the other, each over the whole picture; see
+            :class:`ImageLayout`.
         caption: one or more lines, such as question and answer, wrapped to the width.
     """
-    rows, columns = grid
-    if rows * columns != len(scores):
-        raise ConfigError("scores do not fill the patch grid", received=len(scores), expected=f"{rows} x {columns}")
-    base = view.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    pixels = np.asarray(base, np.float32)
+    if sum(rows * columns for rows, columns in grids) != len(scores):
+        raise ConfigError("scores do not fill the patch grids", received=len(scores), expected=grids)
+    scale = _SIDE / max(view.size)
+    size = (max(1, round(view.width * scale)), max(1, round(view.height * scale)))
+    pixels = np.asarray(view.resize(size, Image.Resampling.LANCZOS), np.float32)
 
     # Ranks, not scores: a handful of patches holds nearly all of the score.
-    ranks = np.argsort(np.argsort(scores)) / max(1, len(scores) - 1)
-    heat = _upsample(_colour(ranks).reshape(rows, columns, 3))
-    left = 0.35 * pixels + 0.65 * heat
-
-    kept = np.zeros(len(scores), bool)
-    kept[indices] = True
-    mask = _upsample(kept.reshape(rows, columns, 1).astype(np.float32))
-    right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
+    heat = _colour(np.argsort(np.argsort(scores)) / max(1, len(scores) - 1))
+    kept = np.zeros(len(scores), np.float32)
+    kept[indices] = 1
 
     lines = [line for part in caption.splitlines() for line in textwrap.wrap(part, 120)] or [""]
+    shown = [grid for grid in grids if 0 not in grid]
     font = ImageFont.load_default(15)
-    sheet = Image.new("RGB", (2 * _SIDE + 3 * _GAP, _SIDE + 3 * _GAP + 40 + 20 * len(lines)), "white")
+    step = size[1] + _GAP + 24
+    height = _GAP + step * len(shown) + _GAP + 16 + 20 * len(lines)
+    sheet = Image.new("RGB", (2 * _SIDE + 3 * _GAP, height), "white")
     draw = ImageDraw.Draw(sheet)
-    titles = ("score, by rank", f"kept: {len(indices)} of {len(scores)} visual tokens")
-    for number, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
-        x = _GAP + number * (_SIDE + _GAP)
-        draw.text((x, _GAP), title, "black", font)
-        sheet.paste(Image.fromarray(panel.clip(0, 255).astype(np.uint8)), (x, _GAP + 24))
+    first = 0
+    for number, (rows, columns) in enumerate(shown):
+        part = slice(first, first + rows * columns)
+        first = part.stop
+        left = 0.35 * pixels + 0.65 * _upsample(heat[part].reshape(rows, columns, 3), size)
+        mask = _upsample(kept[part].reshape(rows, columns, 1), size)
+        right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
+        of_it = "" if len(shown) == 1 else f", {'overview' if number == 0 else 'tiles'}"
+        titles = (f"score, by rank{of_it}", f"kept: {int(kept[part].sum())} of {rows * columns} visual tokens{of_it}")
+        for column, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
+            corner = (_GAP + column * (_SIDE + _GAP), _GAP + number * step)
+            draw.text(corner, title, "black", font)
+            sheet.paste(Image.fromarray(panel.clip(0, 255).astype(np.uint8)), (corner[0], corner[1] + 24))
     for number, line in enumerate(lines):
-        draw.text((_GAP, _SIDE + 2 * _GAP + 24 + 20 * number), line, "black", font)
+        draw.text((_GAP, _GAP + step * len(shown) + 20 * number), line, "black", font)
     return sheet
 
 
@@ -103,8 +110,8 @@ def _colour(values: Array) -> Array:
     return colours
 
 
-def _upsample(cells: Array) -> Array:
-    ys = np.arange(_SIDE) * cells.shape[0] // _SIDE
-    xs = np.arange(_SIDE) * cells.shape[1] // _SIDE
+def _upsample(cells: Array, size: tuple[int, int]) -> Array:
+    ys = np.arange(size[1]) * cells.shape[0] // size[1]
+    xs = np.arange(size[0]) * cells.shape[1] // size[0]
     upsampled: Array = cells[ys[:, None], xs[None]]
     return upsampled

@@ -23,7 +23,7 @@ from PIL import Image
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
-from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
+from flashvlm_export.runtime.graph_inputs import GraphInputs, PreparedImage, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
@@ -36,6 +36,7 @@ from flashvlm_export.runtime.stop_strings import StopStrings
 from flashvlm_export.specs import Array, Precision, check_budget
 
 T = TypeVar("T")
+K = TypeVar("K")
 
 #: Room for encoded images: 45 of LLaVA-1.5-7B in float16, 22 in float32.
 CACHE_BYTES = 256 << 20
@@ -69,6 +70,7 @@ class Pipeline:
         self.session = session
         self.llm = llm
         self.images = ImageCache(cache_bytes)
+        self.inputs, self.newline = inputs, inputs.newline
         self.embeddings, self.preprocess, self.prompts = inputs.embeddings, inputs.preprocess, inputs.prompts
 
     @classmethod
@@ -131,7 +133,7 @@ class Pipeline:
 
     @property
     def visual_tokens(self) -> int:
-        """Visual tokens of one image before pruning (``N``)."""
+        """Visual tokens of one image before pruning (``N``), at most where an image is seen in tiles."""
         return self.bundle.manifest.dims.num_patches
 
     @property
@@ -187,14 +189,14 @@ class Pipeline:
         for (request, pruning), prompt in zip(asked, prompts, strict=True):
             images = [image if isinstance(image, SelectedImage) else next(found) for image in request.all_images]
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
-            embeds = splice(text_rows, prompt.image_positions, [image.tokens for image in images])
+            embeds = splice(text_rows, prompt.image_positions, [image.rows for image in images])
             where = np.arange(len(embeds), dtype=np.int64)
             if pruning.positions == "original":
-                kept = [image.indices for image in images]
-                where = splice_positions(len(text_rows), prompt.image_positions, kept, self.visual_tokens)
+                places, lengths = [image.places for image in images], [image.layout.length for image in images]
+                where = splice_positions(len(text_rows), prompt.image_positions, places, lengths)
             spliced.append((embeds, where, prompt, images))
         clock.lap("splice")
-        return [PrunedPrompt(*parts, self.visual_tokens * len(parts[-1]), dict(clock.laps_ms)) for parts in spliced]
+        return [PrunedPrompt(*parts, dict(clock.laps_ms)) for parts in spliced]
 
     def _check_pruning(self, pruning: Pruning) -> int:
         """Return the budget; raise where the graph has no such selector or not so many tokens."""
@@ -213,10 +215,13 @@ class Pipeline:
         if self.llm is None:
             return
         images, most = request.all_images, self.llm.limits.max_positions - 1
-        chosen = [len(image.indices) for image in images if isinstance(image, SelectedImage)]
-        text, open_images = len(prompt.token_ids) - len(images), len(images) - len(chosen)
         gaps = pruning.positions == "original"
-        length = text + (self.visual_tokens * len(images) if gaps else sum(chosen) + budget * open_images)
+        known = [image for image in images if isinstance(image, SelectedImage)]
+        chosen = [image.layout.length if gaps else len(image.rows) for image in known]
+        text, open_images = len(prompt.token_ids) - len(images), len(images) - len(chosen)
+        # Of an image in tiles, how many it has shows when it is opened: at least those of its overview.
+        least = self.visual_tokens // self.bundle.manifest.dims.most_tiles
+        length = text + sum(chosen) + (least if gaps else min(budget, least)) * open_images
         if length <= most:
             return
         fitting = min((most - text - sum(chosen)) // open_images, self.visual_tokens) if open_images else 0
@@ -232,32 +237,36 @@ class Pipeline:
     def _select(self, wanted: Sequence[_Wanted], clock: Clock) -> list[SelectedImage]:
         """Return what is left of each image; those that are selected alike in batches as large as the graph takes."""
         sources, session = [each.source for each in wanted], self.session
-        split = isinstance(session, SplitSession)
-        encoded = self._encoded(sources, clock) if split else []
-        pixels = self._pixels(sources, clock) if not split else np.empty(0)
-        alike: dict[tuple[int, str | None], list[int]] = {}
-        for place, each in enumerate(wanted):
-            alike.setdefault((each.budget, each.selector), []).append(place)
-        batches = [(*how, places) for how, together in alike.items() for places in self._batches(together)]
+        encoded = self._encoded(sources, clock) if isinstance(session, SplitSession) else []
+        prepared = [] if isinstance(session, SplitSession) else self._prepared(sources, clock)
+        layouts = [image.layout for image in encoded or prepared]
+
+        def how(place: int) -> tuple[int, int, str | None]:
+            count = layouts[place].num_tokens
+            return count, min(wanted[place].budget, count), wanted[place].selector
+
         found: dict[int, SelectedImage] = {}
-        for budget, selector, places in batches:
+        for (_, budget, selector), places in self._batches(range(len(wanted)), how):
             guides = [wanted[place].guide for place in places]
             if isinstance(session, SplitSession):
                 images = [encoded[place] for place in places]
                 outputs = session.select(images, *pad_text(guides), budget, selector)
             else:
-                outputs = session.run(visual_feeds(pixels[places], guides, budget))
-            tokens = outputs.tokens.astype(np.float32)
-            found |= zip(places, map(SelectedImage, tokens, outputs.indices, outputs.scores), strict=True)
-        clock.lap("select" if split else "visual")
+                outputs = session.run(visual_feeds([prepared[place] for place in places], guides, budget))
+            for place, tokens, indices, scores in zip(
+                places, outputs.tokens.astype(np.float32), outputs.indices, outputs.scores, strict=True
+            ):
+                rows = layouts[place].spread(indices, tokens, self.newline)
+                found[place] = SelectedImage(*rows, indices, scores, layouts[place])
+        clock.lap("select" if encoded else "visual")
         return [found[place] for place in range(len(wanted))]
 
-    def _pixels(self, sources: Sequence[ImageSource], clock: Clock) -> Array:
+    def _prepared(self, sources: Sequence[ImageSource], clock: Clock) -> list[PreparedImage]:
         images = [load_image(source) for source in sources]
         clock.lap("load_images")
-        pixels = self.preprocess(images)
+        prepared = [self.inputs.prepare(image) for image in images]
         clock.lap("preprocess")
-        return pixels
+        return prepared
 
     def _encoded(self, sources: Sequence[ImageSource], clock: Clock) -> list[EncodedImage]:
         """Return every image encoded: as it is remembered, or else anew, all of these as one batch."""
@@ -266,18 +275,29 @@ class Pipeline:
         found: dict[str, EncodedImage | None] = {key: self.images.get(key) for key in keys}
         clock.lap("image_keys")
         missing = {key: source for key, source in zip(keys, sources, strict=True) if found[key] is None}
-        for batch in self._batches(list(missing.items())):
-            pixels = self._pixels([source for _, source in batch], clock)
-            for (key, _), fresh in zip(batch, self.session.encode(pixels), strict=True):
-                found[key] = fresh
-                self.images.put(key, fresh)
-            clock.lap("encode")
+        if missing:
+            self._encode(missing, found, clock)
         return [image for key in keys if (image := found[key]) is not None]
 
-    def _batches(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """Yield ``items`` in parts that the graph takes as one batch."""
+    def _encode(self, missing: dict[str, ImageSource], found: dict[str, EncodedImage | None], clock: Clock) -> None:
+        """Put every image of ``missing`` into ``found``, and into what is remembered."""
+        assert isinstance(self.session, SplitSession)
+        prepared = dict(zip(missing, self._prepared(list(missing.values()), clock), strict=True))
+        for _, batch in self._batches(list(prepared), lambda key: prepared[key].layout.num_tokens):
+            for key, fresh in zip(batch, self.session.encode([prepared[key] for key in batch]), strict=True):
+                found[key] = fresh
+                self.images.put(key, fresh)
+        clock.lap("encode")
+
+    def _batches(self, items: Sequence[T], alike: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:
+        """Yield ``items`` that are ``alike`` in parts that the graph takes as one batch."""
         most = self.session.spec.dim("batch").max
-        return (items[start : start + most] for start in range(0, len(items), most))
+        groups: dict[K, list[T]] = {}
+        for item in items:
+            groups.setdefault(alike(item), []).append(item)
+        for how, group in groups.items():
+            for start in range(0, len(group), most):
+                yield how, group[start : start + most]
 
     def view(self, image: ImageSource) -> Image.Image:
         """Return ``image`` as the encoder sees it, for drawing on."""

@@ -1,4 +1,4 @@
-"""Images to ``pixel_values``, bit for bit as transformers' ``CLIPImageProcessorPil`` makes them.
+"""Images to ``pixel_values``, bit for bit as transformers' ``CLIPImageProcessorPil`` and its relatives make them.
 
 Equal because the same things are done in the same precision: Pillow's resize on 8-bit RGB, a crop of 8-bit pixels,
 and, since only 256 levels can follow, a table per channel that holds ``(float32(level * factor) - mean) / std``.
@@ -8,7 +8,7 @@ first, and the 8-bit rounding in between makes single levels differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from PIL import Image
 from flashvlm_export.errors import ImageError
 from flashvlm_export.preprocessor import PreprocessorSettings
 from flashvlm_export.runtime.images import LIMIT_PIXELS
+from flashvlm_export.runtime.layout import Size, choose_resolution, fitted
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -33,7 +34,9 @@ class ImagePreprocessor:
         self._levels = _level_table(settings)
 
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        """Return ``pixel_values``: float32 ``[len(images), 3, H, W]``, C-contiguous, owned by the caller.
+        """Return ``pixel_values``: float32 ``[pictures, 3, H, W]``, C-contiguous, owned by the caller.
+
+        A picture for each image; or for each its overview and then its tiles, line by line.
 
         Args:
             images: of mode ``RGB``, as :func:`flashvlm_export.runtime.images.load_image` returns them.
@@ -41,24 +44,46 @@ class ImagePreprocessor:
         Raises:
             ImageError: if an image is not RGB, or so long and thin that its resized form would not fit in memory.
         """
-        height, width = self.settings.output_size
-        batch = np.empty((len(images), 3, height, width), np.float32)
-        for image, rows in zip(images, batch, strict=True):
-            pixels = self._resized_and_cropped(image)
+        pictures = [picture for image in images for picture in self._pictures(image)]
+        batch = np.empty((len(pictures), 3, *self.settings.output_size), np.float32)
+        for pixels, rows in zip(pictures, batch, strict=True):
             for channel in range(3):
                 # mode="clip" spares the bounds check: an 8-bit level cannot leave a table of 256.
                 np.take(self._levels[channel], pixels[:, :, channel], out=rows[channel], mode="clip")
         return batch
 
     def view(self, image: Image.Image) -> Image.Image:
-        """Return the picture that the encoder sees: ``image`` resized and cropped, 8-bit RGB."""
-        return Image.fromarray(self._resized_and_cropped(image))
+        """Return what the encoder sees of ``image``, 8-bit RGB: resized and cropped, or as it is where in tiles."""
+        return image if self.settings.resolutions else Image.fromarray(next(self._pictures(image)))
 
-    def _resized_and_cropped(self, image: Image.Image) -> Pixels:
+    def tiles(self, size: Size) -> Size:
+        """Return rows and columns of tiles, besides the overview, of an image of ``size`` (width, height)."""
+        height, width = choose_resolution(size, self.settings.resolutions)
+        return height // self.settings.output_size[0], width // self.settings.output_size[1]
+
+    def _pictures(self, image: Image.Image) -> Iterator[Pixels]:
         if image.mode != "RGB":
             raise ImageError(
                 "the image is not RGB", received=f"mode {image.mode}", expected="an image as load_image returns it"
             )
+        yield self._resized_and_cropped(image)
+        if self.settings.resolutions:
+            yield from self._tiles(image)
+
+    def _tiles(self, image: Image.Image) -> Iterator[Pixels]:
+        resolution = choose_resolution(image.size, self.settings.resolutions)
+        size = fitted(image.size, resolution)
+        pixels = np.asarray(image if size == image.size else image.resize(size, self.settings.resample))
+        # Black borders: the larger half of an odd one behind and below.
+        canvas = np.zeros((*resolution, 3), np.uint8)
+        top, left = (resolution[0] - size[1]) // 2, (resolution[1] - size[0]) // 2
+        canvas[top : top + size[1], left : left + size[0]] = pixels
+        height, width = self.settings.output_size
+        for y in range(0, resolution[0], height):
+            for x in range(0, resolution[1], width):
+                yield canvas[y : y + height, x : x + width]
+
+    def _resized_and_cropped(self, image: Image.Image) -> Pixels:
         settings = self.settings
         if settings.pad_color is not None:
             image = _pad_to_square(image, settings.pad_color)

@@ -45,9 +45,10 @@ class PromptRecord:
     Attributes:
         schema_version: of this record.
         text: the prompt before splicing, placeholders included.
-        image_spans: per image the rows ``[first, behind the last]`` that its visual tokens take.
-        budget: visual tokens kept per image.
-        visual_tokens: of one image without pruning.
+        image_spans: per image the rows ``[first, behind the last]`` that its visual tokens take, and the newlines of an
+            image in tiles.
+        budget: visual tokens kept per image, at most.
+        visual_tokens: of one image without pruning, at most.
         text_span: text that guided the selection.
         selection: selector and settings.
         vocab_size: rows of the embedding table.
@@ -120,7 +121,7 @@ def write_prompt(
         schema_version=SCHEMA_VERSION,
         text=prompt.prompt.text,
         image_spans=spans,
-        budget=len(prompt.indices[0]),
+        budget=max(len(indices) for indices in prompt.indices),
         visual_tokens=manifest.dims.num_patches,
         text_span=text_span,
         selection=selection,
@@ -170,8 +171,10 @@ def read_prompt(path: Path) -> PromptFile:
     )
     length = len(file.token_ids)
     fits = len(file.inputs_embeds) == length == len(file.positions)
-    fits = fits and [end - start for start, end in record.image_spans] == [len(kept) for kept in file.kept]
-    fits = fits and all(0 <= start <= end <= length for start, end in record.image_spans)
+    fits = fits and all(
+        start >= 0 and start + len(kept) <= end <= length
+        for (start, end), kept in zip(record.image_spans, file.kept, strict=True)
+    )
     if not fits:
         raise PromptError(
             "tensors and record of the prompt file do not fit together",
@@ -212,8 +215,8 @@ def require_same_weights(record: PromptRecord, bundle: Bundle) -> None:
 def _expand(prompt: PrunedPrompt) -> tuple[Array, list[tuple[int, int]]]:
     """Return the ids with a placeholder for each visual token, and the rows of each image."""
     repeats = np.ones(len(prompt.prompt.token_ids), np.int64)
-    for place, indices in zip(prompt.prompt.image_positions, prompt.indices, strict=True):
-        repeats[place] = len(indices)
+    for place, image in zip(prompt.prompt.image_positions, prompt.images, strict=True):
+        repeats[place] = len(image.rows)
     ends = np.cumsum(repeats)
     spans = [(int(ends[place] - repeats[place]), int(ends[place])) for place in prompt.prompt.image_positions]
     return np.repeat(prompt.prompt.token_ids, repeats), spans

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
+import numpy as np
+
 from flashvlm_export.errors import ConfigError, UsageError
 from flashvlm_export.runtime.images import ImageSource
+from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.llm.base import GenerationStats
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
 from flashvlm_export.specs import Array
@@ -18,14 +21,24 @@ class SelectedImage:
     """What is left of one image.
 
     Attributes:
-        tokens: float32 ``[K, D]``: its kept visual tokens.
-        indices: int64 ``[K]``: which ones of the ``N`` they are, ascending.
+        rows: float32 ``[R, D]``: what stands in the prompt, its kept visual tokens and the newlines of lines that have
+            any.
+        places: int64 ``[R]``: where each row stands among those of the unpruned image, ascending.
+        indices: int64 ``[K]``: which ones of the ``N`` visual tokens are kept, ascending.
         scores: float32 ``[N]``.
+        layout: of its visual tokens before pruning.
     """
 
-    tokens: Array
+    rows: Array
+    places: Array
     indices: Array
     scores: Array
+    layout: ImageLayout
+
+    @property
+    def tokens(self) -> Array:
+        """Float32 ``[K, D]``: the kept visual tokens, without newlines."""
+        return self.rows[np.isin(self.places, self.layout.places_of(self.indices))]
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ class Pruning:
     """How many visual tokens of each image are kept, which, and where they then stand.
 
     Attributes:
-        budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for.
+        budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for. An image in
+            tiles may have fewer than the model's most: it then keeps them all.
         text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's ``question``
             alone.
         positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
@@ -106,7 +120,6 @@ class PrunedPrompt:
         positions: int64 ``[S]``: where each row stands for the language model.
         prompt: the prompt before splicing.
         images: what is left of each image.
-        visual_tokens_before: visual tokens of all images without pruning.
         stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.
     """
 
@@ -114,7 +127,6 @@ class PrunedPrompt:
     positions: Array
     prompt: TokenizedPrompt
     images: list[SelectedImage]
-    visual_tokens_before: int
     stage_ms: dict[str, float]
 
     @property
@@ -126,6 +138,11 @@ class PrunedPrompt:
     def scores(self) -> list[Array]:
         """Per image float32 ``[N]``."""
         return [image.scores for image in self.images]
+
+    @property
+    def visual_tokens_before(self) -> int:
+        """Visual tokens of all images without pruning."""
+        return sum(image.layout.num_tokens for image in self.images)
 
     @property
     def visual_tokens_kept(self) -> int:

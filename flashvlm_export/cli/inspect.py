@@ -40,10 +40,7 @@ def run(args: argparse.Namespace) -> None:
     say, dims = talk(False), manifest.dims
     say(f"{bundle.path}: whole" + (", every hash verified" if args.verify else ""))
     say(f"  model      {manifest.source.model} ({manifest.source.family}), weights: {manifest.source.weights}")
-    say(
-        f"  visual     {dims.image_size} px, {dims.num_patches} visual tokens, "
-        f"widths {dims.vision_width} → {dims.llm_width}"
-    )
+    say(f"  visual     {dims.describe_pictures()}, widths {dims.vision_width} → {dims.llm_width}")
     settings = ", ".join(f"{name}={value}" for name, value in manifest.selection.config.items())
     say(f"  selection  {manifest.selection.selector}: {settings}")
     decoder = manifest.decoder

@@ -19,8 +19,8 @@ def run(args: argparse.Namespace) -> None:
         print_json({"models": [{name: getattr(entry, name) for name in fields} for entry in MODELS.values()]})
         return
     say = talk(False)
-    say(f"{'MODEL':<16}{'FAMILY':<10}{'VISUAL TOKENS':<16}{'PARAMETERS':<13}CHECKPOINT")
+    say(f"{'MODEL':<24}{'FAMILY':<12}{'VISUAL TOKENS':<16}{'PARAMETERS':<13}CHECKPOINT")
     for entry in MODELS.values():
         size = f"{entry.parameters:.1f} B" if entry.parameters >= 0.1 else f"{entry.parameters * 1e3:.1f} M"
-        say(f"{entry.name:<16}{entry.family:<10}{entry.visual_tokens:<16}{size:<13}{entry.repo}")
+        say(f"{entry.name:<24}{entry.family:<12}{entry.visual_tokens:<16}{size:<13}{entry.repo}")
     say("\nAny checkpoint directory of one of these families can be exported too: flashvlm export DIR --output BUNDLE")

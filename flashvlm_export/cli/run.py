@@ -130,10 +130,10 @@ def run(args: argparse.Namespace) -> None:
     if args.heatmap is not None:
         from flashvlm_export.runtime.heatmap import draw_selection, save_picture, stack
 
-        grid = pipeline.bundle.manifest.dims.grid
         sheets = [
-            draw_selection(pipeline.view(image), prompt.indices[0], prompt.scores[0], grid, caption)
+            draw_selection(pipeline.view(image), kept.indices, kept.scores, kept.layout.grids, caption)
             for (image, _), prompt, caption in zip(pairs, prompts, captions, strict=True)
+            for kept in prompt.images
         ]
         save_picture(stack(sheets), args.heatmap)
         say(f"  heat map: {args.heatmap}")

@@ -2,7 +2,7 @@
 
 - ``registry.py``  one row per model users can name, one line per architecture; importable without torch
 - ``adapter.py``   what an architecture has to declare
-- ``llava.py``     LLaVA-1.5: CLIP ViT, two-layer projector, Llama
+- ``llava.py``     LLaVA-1.5 and LLaVA-NeXT: CLIP ViT, two-layer projector, Llama or Mistral
 """
 
 from flashvlm_export.models.registry import FAMILIES, MODELS, ModelEntry, adapter_class, find_model

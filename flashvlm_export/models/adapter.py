@@ -29,12 +29,14 @@ class Adapter(ABC):
         config: transformers' config object (hub configs leave defaults out; the class fills them in).
         dims: sizes of the visual side.
         image_token_id: id of the image placeholder.
+        newline_key: canonical name of the embedding ``[D]`` that ends each line of tiles, if there is one.
     """
 
     family: ClassVar[str]
     config: Any
     dims: VisualDims
     image_token_id: int
+    newline_key: ClassVar[str | None] = None
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -44,8 +46,8 @@ class Adapter(ABC):
     def encoder(self, *, needs_saliency: bool) -> nn.Module:
         """Return the vision encoder with projector, on the meta device, its parameters named as in :meth:`canonical`.
 
-        ``forward(pixel_values [B,3,H,W])`` returns ``(patch_features [B,N,C], saliency float32 [B,N] or None,
-        visual_tokens [B,N,D])``.
+        ``forward`` takes what the graph takes but the question, see :func:`visual_graph_spec`, and returns
+        ``(patch_features [B,N,C], saliency float32 [B,N] or None, visual_tokens [B,N,D])``.
         """
 
     @staticmethod
@@ -69,6 +71,11 @@ class Adapter(ABC):
         """Jinja template in Hugging Face's message format, for checkpoints that come without one."""
 
     @property
+    @abstractmethod
+    def default_processor(self) -> dict[str, Any]:
+        """What ``preprocessor_config.json`` of such a checkpoint says, for random weights."""
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
         size: int = self.config.text_config.vocab_size
@@ -77,27 +84,37 @@ class Adapter(ABC):
     def inputs(self, precision: Precision, *, batch: int, text: int, budget: int, seed: int = 0) -> GraphInputs:
         """Return seeded random inputs of the given sizes, and the contract they follow.
 
-        With more than one row, the last one has less text than ``text``, so that padding is exercised.
+        Each image has :attr:`sample_patches` visual tokens. With more than one row, the last one has less text than
+        ``text``, so that padding is exercised.
         """
         dims = self.dims
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            pixel_values = _structured(self.noise(batch))
+            vision = self.vision_inputs(batch)
             text_embeds = torch.randn(batch, text, dims.llm_width)
         text_mask = torch.ones(batch, text, dtype=torch.bool)
         if batch > 1:
             text_mask[-1, (text + 1) // 2 :] = False
         text_embeds = text_embeds * text_mask[:, :, None]
         dtype = getattr(torch, precision.float_dtype)
-        tensors = (pixel_values, text_embeds.to(dtype), text_mask, torch.tensor(budget))
+        tensors = (*vision, text_embeds.to(dtype), text_mask, torch.tensor(budget))
         return GraphInputs(tensors, visual_graph_spec(dims, precision))
+
+    @property
+    def sample_patches(self) -> int:
+        """Visual tokens of an image of :meth:`inputs`."""
+        return self.dims.num_patches
+
+    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Return what the graph takes of ``batch`` random images."""
+        return (structured(self.noise(batch)),)
 
     @abstractmethod
     def noise(self, batch: int) -> Tensor:
         """Return uniform noise in 0..1 of the shape of ``pixel_values``, from torch's global generator."""
 
 
-def _structured(noise: Tensor) -> Tensor:
+def structured(noise: Tensor) -> Tensor:
     """Return images with structure at several scales, as normalised photographs have, made of uniform ``noise``."""
     image = 2 * noise - 1
     for cells in (2, 7, 23):

@@ -1,26 +1,30 @@
-"""LLaVA-1.5: CLIP ViT up to one hidden layer, a two-layer projector, a Llama-type LLM (arXiv 2310.03744)."""
+"""LLaVA-1.5 and LLaVA-NeXT: CLIP ViT up to one hidden layer, a two-layer projector, a Llama-type LLM.
+
+LLaVA-1.5 (arXiv 2310.03744) sees an image as one picture, LLaVA-NeXT as an overview and tiles.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from optimum.utils import DummyVisionInputGenerator, NormalizedTextAndVisionConfig
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaConfig
+from transformers import CLIPVisionModel, LlavaConfig, LlavaNextConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from flashvlm_export.errors import CheckpointError
-from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.models.adapter import Adapter, structured
 from flashvlm_export.specs import VisualDims
 
 _NormalizedLlava = NormalizedTextAndVisionConfig.with_args(text_config="text_config", vision_config="vision_config")
 
 # llava-hf checkpoints before transformers 4.52, after it, and since CLIPVisionModel lost its inner module.
 _RENAMES = (
-    (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector)"), ""),
+    (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
     (re.compile(r"^language_model\.model\."), "language_model."),
     (re.compile(r"^language_model\.lm_head\."), "lm_head."),
     (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
@@ -31,6 +35,7 @@ class LlavaAdapter(Adapter):
     """Adapter for ``model_type: llava`` with a CLIP vision tower and one ``vision_feature_layer``."""
 
     family = "llava"
+    config_class: ClassVar[Any] = LlavaConfig
     embedding_key = "language_model.embed_tokens.weight"
     # The prompt LLaVA-1.5 was trained with, without a system text, as its converted checkpoints use it.
     default_chat_template = (
@@ -41,7 +46,7 @@ class LlavaAdapter(Adapter):
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = LlavaConfig.from_dict(dict(config))
+        self.config = self.config_class.from_dict(dict(config))
         vision = self.config.vision_config
         if vision.model_type != "clip_vision_model":
             raise CheckpointError(
@@ -73,6 +78,12 @@ class LlavaAdapter(Adapter):
             encoder = LlavaEncoder(self.config, self.layers, needs_saliency)
         return encoder.eval()
 
+    @property
+    def default_processor(self) -> dict[str, Any]:
+        """CLIP's settings for the model's image size."""
+        size = self.dims.image_size
+        return {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+
     def noise(self, batch: int) -> Tensor:
         """Return what optimum's generator makes for this vision tower."""
         generator: Any = DummyVisionInputGenerator("image-text-to-text", self._normalized, batch_size=batch)
@@ -90,6 +101,53 @@ class LlavaAdapter(Adapter):
     def text_key(name: str) -> str:
         """Map Llama's ``model.…`` to ``language_model.…``; ``lm_head`` keeps its name."""
         return re.sub(r"^model\.", "language_model.", name)
+
+
+class LlavaNextAdapter(LlavaAdapter):
+    """Adapter for ``model_type: llava_next``: tiles go through the encoder as a batch of pictures."""
+
+    family = "llava_next"
+    config_class = LlavaNextConfig
+    newline_key = "image_newline"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        side = self.dims.image_size
+        tiles = [self._tiles(*resolution) for resolution in self.config.image_grid_pinpoints]
+        if not tiles or any(height % side or width % side for height, width in self.config.image_grid_pinpoints):
+            raise CheckpointError(
+                "the resolutions of image_grid_pinpoints are not made of tiles",
+                received=self.config.image_grid_pinpoints,
+                expected=f"at least one [height, width], multiples of {side}",
+            )
+        most = 1 + max(rows * columns for rows, columns in tiles)
+        self.dims = replace(self.dims, num_patches=most * self.dims.num_patches, most_tiles=most)
+
+    @property
+    def default_processor(self) -> dict[str, Any]:
+        """The same, with the model's resolutions."""
+        return {
+            **super().default_processor,
+            "image_processor_type": "LlavaNextImageProcessor",
+            "image_grid_pinpoints": self.config.image_grid_pinpoints,
+        }
+
+    @property
+    def sample_patches(self) -> int:
+        """Visual tokens of an overview and one tile that lost a line above and one below."""
+        rows, columns = self.dims.grid
+        return rows * columns + max(rows - 2, 1) * columns
+
+    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Return for each image an overview and a tile, and their layout."""
+        rows, columns = self.dims.grid
+        border = columns if rows > 2 else 0
+        one = torch.cat([torch.arange(rows * columns), torch.arange(rows * columns + border, 2 * rows * columns)])
+        first = 2 * rows * columns * torch.arange(batch)
+        return structured(self.noise(2 * batch)), first[:, None] + one[: self.sample_patches]
+
+    def _tiles(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.dims.image_size, width // self.dims.image_size
 
 
 class LlavaEncoder(nn.Module):
@@ -114,8 +172,12 @@ class LlavaEncoder(nn.Module):
         embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
         self.requires_grad_(False)
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return ``(patch_features [B,N,C], saliency float32 [B,N] or None, visual_tokens [B,N,D])``."""
+    def forward(self, pixel_values: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return ``(patch_features [B,N,C], saliency float32 [B,N] or None, visual_tokens [B,N,D])``.
+
+        With ``layout`` int64 ``[B,N]`` these are the patches of all pictures that it names; saliency is that within a
+        picture, each of which has its own CLS token.
+        """
         tower = self.vision_tower
         dtype = tower.pre_layrnorm.weight.dtype
         hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(dtype)))
@@ -124,7 +186,11 @@ class LlavaEncoder(nn.Module):
         last = tower.encoder.layers[-1]
         saliency = cls_attention(last, hidden) if self.needs_saliency else None
         features = last(hidden, None)[:, 1:]
-        return features, saliency, self.multi_modal_projector(features)
+        tokens = self.multi_modal_projector(features)
+        if layout is None:
+            return features, saliency, tokens
+        ordered = None if saliency is None else saliency.flatten()[layout]
+        return features.flatten(0, 1)[layout], ordered, tokens.flatten(0, 1)[layout]
 
 
 def cls_attention(layer: Any, hidden: Tensor) -> Tensor:

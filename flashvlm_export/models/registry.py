@@ -21,7 +21,7 @@ class ModelEntry:
         name: what users type.
         repo: Hugging Face hub id of the checkpoint; or its folder in this repository, beginning with ``./``.
         family: key of :data:`FAMILIES`, equal to ``model_type`` in the checkpoint's ``config.json``.
-        visual_tokens: visual tokens of one image before pruning.
+        visual_tokens: visual tokens of one image before pruning, at most.
         parameters: of the whole model, in billions.
         config: ``config.json`` content for ``--weights random``; what is left out is the config class's default.
     """
@@ -34,26 +34,45 @@ class ModelEntry:
     config: Mapping[str, Any]
 
 
-def _llava_15(name: str, parameters: float, **text: int) -> ModelEntry:
+# ViT-L/14 of CLIP at 336 pixels, which all of them have.
+_CLIP_L_336 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+_VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+_VICUNA_13B = {
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
+_MISTRAL_7B = {
+    "model_type": "mistral",
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+}
+
+
+def _llava(name: str, family: str, parameters: float, text: Mapping[str, Any]) -> ModelEntry:
     return ModelEntry(
         name=name,
         repo=f"llava-hf/{name}-hf",
-        family="llava",
-        visual_tokens=576,
+        family=family,
+        visual_tokens=576 if family == "llava" else 5 * 576,
         parameters=parameters,
         config={
-            "model_type": "llava",
+            "model_type": family,
             "image_token_index": 32000,
-            "vision_config": {
-                "model_type": "clip_vision_model",
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
+            "vision_config": _CLIP_L_336,
             "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, **text},
         },
     )
@@ -94,19 +113,18 @@ MODELS: dict[str, ModelEntry] = {
     entry.name: entry
     for entry in (
         _TINY,
-        _llava_15("llava-1.5-7b", 7.06, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32),
-        _llava_15(
-            "llava-1.5-13b",
-            13.35,
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_hidden_layers=40,
-            num_attention_heads=40,
-        ),
+        _llava("llava-1.5-7b", "llava", 7.06, _VICUNA_7B),
+        _llava("llava-1.5-13b", "llava", 13.35, _VICUNA_13B),
+        _llava("llava-v1.6-vicuna-7b", "llava_next", 7.06, _VICUNA_7B),
+        _llava("llava-v1.6-vicuna-13b", "llava_next", 13.35, _VICUNA_13B),
+        _llava("llava-v1.6-mistral-7b", "llava_next", 7.57, _MISTRAL_7B),
     )
 }
 
-FAMILIES: dict[str, str] = {"llava": "flashvlm_export.models.llava:LlavaAdapter"}
+FAMILIES: dict[str, str] = {
+    "llava": "flashvlm_export.models.llava:LlavaAdapter",
+    "llava_next": "flashvlm_export.models.llava:LlavaNextAdapter",
+}
 
 
 def find_model(name: str) -> ModelEntry | None:

@@ -115,9 +115,8 @@ def make_session(
     def run(index: int, budget: int) -> Run:
         image, question = pairs[index]
         (prompt,) = pipeline.encode([Request([image], question)], budget=budget)
-        start = prompt.prompt.image_positions[0]
-        tokens = prompt.inputs_embeds[start : start + budget]
-        visual = Run(Timing(prompt.stage_ms), tokens, None, prompt.indices[0], prompt.scores[0])
+        kept = prompt.images[0]
+        visual = Run(Timing(prompt.stage_ms), kept.tokens, None, kept.indices, kept.scores)
         if not has_llm:
             return visual
         answer = pipeline.answer(prompt, params)
@@ -141,7 +140,7 @@ def make_pytorch(
     try:
         import torch
 
-        from flashvlm_export.export.reference import LlavaReference
+        from flashvlm_export.export.reference import make_reference
     except ImportError as error:
         hint = install_hint("report")
         raise DependencyError("the report compares with PyTorch", received=str(error), hint=hint) from error
@@ -161,7 +160,7 @@ def make_pytorch(
     select = selector.make_module(selector.make_config(manifest.selection.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' advice on generation settings
-        reference = LlavaReference(checkpoint, language_attention="sdpa")
+        reference = make_reference(checkpoint, language_attention="sdpa")
     ends = set(manifest.prompt.eos_token_ids) if manifest.prompt else set()
 
     def run(index: int, budget: int) -> Run:
@@ -170,18 +169,20 @@ def make_pytorch(
         prompt = prompts.chat(question)
         rows = inputs.embeddings.lookup(prompt.text_ids("prompt"), np.float32)
         clock.lap("tokenize")
-        pixels = load_image(image)
+        loaded = load_image(image)
         clock.lap("load_images")
-        feeds = visual_feeds(inputs.preprocess([pixels]), [rows], budget)
+        prepared = inputs.prepare(loaded)
+        feeds = visual_feeds([prepared], [rows], min(budget, prepared.layout.num_tokens))
         clock.lap("preprocess")
-        features, saliency, tokens = reference.encode(feeds["pixel_values"])
+        features, saliency, tokens = reference.encode(feeds["pixel_values"], loaded.size)
         clock.lap("vision")
         given = (features, saliency, tokens, feeds["text_embeds"], feeds["text_mask"], feeds["budget"])
         marked, scores = select(*map(torch.from_numpy, given))
         indices = np.flatnonzero(marked[0].numpy())
         clock.lap("selection")
         kept = tokens[0][indices]
-        spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [kept])
+        inserted, _ = prepared.layout.spread(indices, kept, inputs.newline)
+        spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [inserted])
         clock.lap("splice")
         visual = Run(Timing(clock.laps_ms), kept, features[0], indices, scores[0].numpy())
         if manifest.decoder is None:

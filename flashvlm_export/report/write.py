@@ -62,11 +62,12 @@ def _draw(settings: ReportSettings, measured: Measured) -> list[Picture]:
     from flashvlm_export.runtime.images import load_image
 
     bundle = Bundle.open(settings.bundle)
-    preprocess, budget = GraphInputs(bundle).preprocess, measured.report.settings.budgets[0]
+    inputs, budget = GraphInputs(bundle), measured.report.settings.budgets[0]
     pictures = []
     for index, (image, question) in enumerate(settings.pairs[:MOST_PICTURES]):
         indices, scores = measured.selections[index, budget]
-        view = preprocess.view(load_image(image))
-        drawing = draw_selection(view, indices, scores, bundle.manifest.dims.grid, question)
+        loaded = load_image(image)
+        grids = inputs.prepare(loaded).layout.grids
+        drawing = draw_selection(inputs.preprocess.view(loaded), indices, scores, grids, question)
         pictures.append(Picture(index, f"{image.name}: {question}", drawing))
     return pictures

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flashvlm_export.selection.baselines_numpy import grid_side, shuffled
 from flashvlm_export.selection.config import ClsAttentionConfig, RandomConfig, UniformConfig
-from flashvlm_export.selection.stages_torch import descending, mark, minmax
+from flashvlm_export.selection.stages_torch import descending, mark, minmax, places
 
 
 def _places(count: int, seed: int) -> list[int]:
@@ -88,8 +88,7 @@ class ClsAttention(nn.Module):
         budget: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return ``(kept bool [B,N], scores float32 [B,N])``."""
-        position = torch.arange(saliency.shape[1], device=saliency.device)
-        return mark(descending(saliency), position < budget), minmax(saliency.float())
+        return mark(descending(saliency), places(saliency) < budget), minmax(saliency.float())
 
 
 def _before(place: Tensor, count: Tensor, size: Tensor | int) -> Tensor:

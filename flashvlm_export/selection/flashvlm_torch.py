@@ -6,7 +6,7 @@ of distinct values for 576 patches, and ranks become arbitrary.
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,12 @@ class FlashVLM(nn.Module):
 
 def quantile(values: Tensor, q: float) -> Tensor:
     """Return the linearly interpolated ``q`` quantile along the last axis, kept as a dimension of size one."""
-    position = q * (values.shape[-1] - 1)
-    low = math.floor(position)
-    top = torch.topk(values, values.shape[-1] - low, dim=-1).values
-    below = top[:, -1:]
-    return below if position == low else below + (position - low) * (top[:, -2:-1] - below)
+    # In whole numbers, so that a quantile that falls on a value is that value; and as a tensor, since the number of
+    # values may be an input's.
+    share = Fraction(q).limit_denominator(1 << 20)
+    last = torch.arange(values.shape[-1], device=values.device)[-1:]
+    low = share.numerator * last // share.denominator
+    rest = share.numerator * last - low * share.denominator
+    ordered = torch.sort(values, dim=-1, stable=True).values
+    below, above = (ordered.index_select(-1, place) for place in (low, torch.minimum(low + 1, last)))
+    return below + (rest / share.denominator) * (above - below)

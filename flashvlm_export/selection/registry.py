@@ -38,6 +38,7 @@ class Selector:
         config_type: frozen dataclass of settings; defaults are the method's own. What parity between precisions is
             judged on are its ``is_stable`` (bool) and ``important_tokens(budget)`` (int): see :class:`FlashVLMConfig`.
         needs_saliency: whether the encoder has to compute an attention row for it.
+        needs_fixed_grid: whether every image has to have the same grid of visual tokens, as images in tiles have not.
         numpy_function: ``module:function`` of the readable definition (see :func:`select_tokens`).
         torch_module: ``module:Class`` of an ``nn.Module`` built from the config, with
             ``forward(patch_features [B,N,C], saliency [B,N] or None, visual_tokens [B,N,D], text_embeds [B,L,D],
@@ -51,6 +52,7 @@ class Selector:
     needs_saliency: bool
     numpy_function: str
     torch_module: str
+    needs_fixed_grid: bool = False
 
     def make_config(self, settings: Mapping[str, Any]) -> Any:
         """Return the config for ``settings``; values may be text, as from a command line.
@@ -147,6 +149,7 @@ SELECTORS: dict[str, Selector] = {
             needs_saliency=False,
             numpy_function=f"{_PACKAGE}.baselines_numpy:uniform_grid",
             torch_module=f"{_PACKAGE}.baselines_torch:UniformGrid",
+            needs_fixed_grid=True,
         ),
         Selector(
             name="random",
@@ -155,6 +158,7 @@ SELECTORS: dict[str, Selector] = {
             needs_saliency=False,
             numpy_function=f"{_PACKAGE}.baselines_numpy:random_tokens",
             torch_module=f"{_PACKAGE}.baselines_torch:Random",
+            needs_fixed_grid=True,
         ),
     )
 }

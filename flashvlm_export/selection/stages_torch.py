@@ -1,7 +1,8 @@
 """Tensor stages that torch selectors share. All of them export to plain ONNX operators with stable ties.
 
-The loops carry tensors of fixed shape, because TensorRT asks for it; the budget only decides how often they turn and
-how many positions count.
+The loops carry tensors of one shape, because TensorRT asks for it; the budget only decides how often they turn and
+how many positions count. Their bodies read sizes off the tensors that they are given: torch cannot trace a size from
+outside where that is an input's.
 """
 
 from __future__ import annotations
@@ -58,47 +59,49 @@ def share(ratio: float, budget: Tensor) -> Tensor:
 
 
 def mark(tokens: Tensor, live: Tensor) -> Tensor:
-    """Return bool ``[B, N]``: true for every token in ``tokens`` (int64 ``[B, P]``, values below N=P) that is ``live``.
+    """Return bool ``[B, N]``: for each token whether the place where it stands in ``tokens`` is ``live``.
 
-    Dead entries are sent to a column of their own, so what they hold does not matter.
+    Args:
+        tokens: int64 ``[B, N]``, all tokens in some order.
+        live: bool ``[B, N]``, by place.
     """
-    batch, count = tokens.shape
-    slots = torch.where(live, tokens, count)
-    marks = torch.zeros(batch, count + 1, dtype=torch.float32, device=tokens.device)
-    return marks.scatter(1, slots, 1.0)[:, :count] > 0
+    marks = live.float()
+    return torch.zeros_like(marks).scatter(1, tokens, marks) > 0
+
+
+def places(values: Tensor) -> Tensor:
+    """Return the place of each of ``values`` ``[B, N]`` in its row: int64 ``[B, N]``, from 0."""
+    return torch.arange(values.shape[1], device=values.device) + torch.zeros_like(values, dtype=torch.int64)
 
 
 def bipartite(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor, step: int) -> Tensor:
     """Keep the best ``important`` scores and thin the rest out pairwise (the authors' step); bool ``[B,N]``.
 
-    The state is ``order`` ``[B,N]``: the residual tokens by position, of which the first ``live`` count. Even
-    positions are sorted by their largest likeness to an odd one, the most redundant ``step`` are cut off, and the
-    odds follow.
+    The state is ``order`` ``[B,N]``: all tokens by position, of which the first ``live`` count, the residual. Even
+    positions are sorted by their largest likeness to an odd one, and the odds follow; then the most redundant ``step``,
+    which come first, are moved behind those that stay.
     """
-    count = scores.shape[1]
-    half = (count + 1) // 2
-    position = torch.arange(count, device=scores.device)
+    place = places(scores)
     target = budget - important
 
     def unfinished(live: Tensor, order: Tensor) -> Tensor:
         return live > target
 
     def thin(live: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        evens, odds = order[:, 0::2], order[:, 1::2]
-        is_odd = mark(order, (position % 2 == 1) & (position < live))
-        redundancy = (likeness + torch.where(is_odd, 0.0, NEVER)[:, None, :]).amax(-1)
-        evens = evens.gather(1, descending(torch.where(position[0::2] < live, redundancy.gather(1, evens), NEVER)))
-        live_evens = (live + 1) // 2
-        dropped = torch.minimum(torch.clamp(live - target, max=step), live_evens)
-        kept_evens = live_evens - dropped
-        source = torch.where(position < kept_evens, position + dropped, half + position - kept_evens)
-        order = torch.cat([evens, odds], dim=1)[:, torch.clamp(source, max=count - 1)]
-        return live - dropped, order
+        is_odd = (place % 2 == 1) & (place < live)
+        redundancy = (likeness + torch.where(mark(order, is_odd), 0.0, NEVER)[:, None, :]).amax(-1)
+        is_even = (place % 2 == 0) & (place < live)
+        by_redundancy = descending(torch.where(is_even, redundancy.gather(1, order), NEVER))
+        dropped = torch.minimum(torch.clamp(live - target, max=step), (live + 1) // 2)
+        left = live - dropped
+        source = torch.where(place < left, place + dropped, torch.where(place < live, place - left, place))
+        return left, order.gather(1, by_redundancy).gather(1, source)
 
     by_score = descending(scores)
-    residual = by_score[:, torch.clamp(position + important, max=count - 1)]
+    count = place[0, -1] + 1
+    residual = by_score.gather(1, (place + important) % count)
     live, order = while_loop(unfinished, thin, (count - important, residual))
-    return mark(by_score, position < important) | mark(order, position < live)
+    return mark(by_score, place < important) | mark(order, place < live)
 
 
 def farthest(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def farthest(likeness: Tensor, scores: Tensor, important: Tensor, budget: Tensor
     def pick(turn: Tensor, closeness: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         merit = torch.where(turn < important, scores, -closeness)
         best = torch.where(kept, NEVER, merit).argmax(-1, keepdim=True)
-        row = likeness.gather(1, best[:, :, None].expand(-1, 1, count))[:, 0]
+        row = likeness.gather(1, best[:, :, None].expand(-1, 1, likeness.shape[2]))[:, 0]
         return turn + 1, torch.maximum(closeness, row), kept | (position == best)
 
     start = (

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from flashvlm_export.selection.config import VisionZipConfig
-from flashvlm_export.selection.stages_torch import descending, mark, minmax, share
+from flashvlm_export.selection.stages_torch import descending, mark, minmax, places, share
 
 
 class VisionZip(nn.Module):
@@ -27,11 +26,11 @@ class VisionZip(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return ``(kept bool [B,N], scores float32 [B,N])``."""
         count = saliency.shape[1]
-        position = torch.arange(count, device=saliency.device)
+        place = places(saliency)
         contextual = share(self.config.contextual_ratio, budget)
-        dominant = mark(descending(saliency), position < budget - contextual)
+        dominant = mark(descending(saliency), place < budget - contextual)
         # The longest step by which `contextual` tokens fit into the rest: a division, counted out to stay in integers.
-        step = ((position + 1) * contextual <= count - budget + contextual).sum()
+        step = ((place + 1) * contextual <= count - budget + contextual).sum(-1, keepdim=True)
         rest = descending((~dominant).float())
-        target = rest[:, torch.clamp(position * step, max=count - 1)]
-        return dominant | mark(target, position < contextual), minmax(saliency.float())
+        is_step = (place % step == 0) & (place < contextual * step)
+        return dominant | mark(rest, is_step), minmax(saliency.float())

@@ -54,7 +54,7 @@ class VisualSession(ABC):
             self._close()
 
     def run(self, feeds: Feeds) -> VisualOutputs:
-        """Run the graph on ``pixel_values``, ``text_embeds``, ``text_mask`` and ``budget``.
+        """Run the graph on what its contract lists: pixels, text and ``budget``.
 
         Raises:
             SessionError: if the session is closed, or a name, dtype or shape is not the graph's.

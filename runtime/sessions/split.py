@@ -9,10 +9,12 @@ import numpy as np
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import ConfigError, SessionError
+from flashvlm_export.runtime.graph_inputs import PreparedImage, encoder_feeds
+from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeGraph
 from flashvlm_export.selection import SELECTORS
-from flashvlm_export.specs import Array, Feeds, GraphSpec, Precision
+from flashvlm_export.specs import ENCODER_OUTPUTS, QUESTION_INPUTS, Array, Feeds, GraphSpec, Precision
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class EncodedImage:
         patch_features: ``[N, C]`` in the graph's floating-point dtype.
         saliency: float32 ``[N]``.
         projected_tokens: ``[N, D]`` in the graph's floating-point dtype.
+        layout: of its visual tokens.
     """
 
     patch_features: Array
     saliency: Array
     projected_tokens: Array
+    layout: ImageLayout
 
     @property
     def size_bytes(self) -> int:
@@ -82,16 +86,20 @@ class SplitSession(VisualSession):
         self._encoder: OnnxRuntimeGraph | None = None
         self._selectors: dict[str, OnnxRuntimeGraph] = {}
 
-    def encode(self, pixel_values: Array) -> list[EncodedImage]:
-        """Return each image of ``pixel_values`` ``[B, 3, H, W]`` encoded; they own their memory.
+    def encode(self, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        """Return each image encoded; they own their memory.
+
+        Args:
+            images: as many visual tokens each.
 
         Raises:
-            SessionError: if the session is closed or the array does not fit.
+            SessionError: if the session is closed or an array does not fit.
         """
-        encoder = self._require_open()
-        feeds = {"pixel_values": pixel_values}
-        self.halves.encoder.spec.check_feeds(feeds)
-        return [EncodedImage(*(array.copy() for array in rows)) for rows in zip(*encoder.run(feeds), strict=True)]
+        rows = zip(*self._encode(encoder_feeds(images)), strict=True)
+        return [
+            EncodedImage(features.copy(), saliency.copy(), tokens.copy(), image.layout)
+            for image, (features, saliency, tokens) in zip(images, rows, strict=True)
+        ]
 
     def select(
         self,
@@ -115,18 +123,12 @@ class SplitSession(VisualSession):
             SessionError: if the session is closed or an array does not fit.
             BudgetError: if the budget is outside of ``1..N``.
         """
-        self._require_open()
-        name = self.loaded(selector)
-        feeds = {
-            "patch_features": np.stack([image.patch_features for image in images]),
-            "saliency": np.stack([image.saliency for image in images]),
-            "projected_tokens": np.stack([image.projected_tokens for image in images]),
+        feeds = {name: np.stack([getattr(image, name) for image in images]) for name in ENCODER_OUTPUTS} | {
             "text_embeds": text_embeds,
             "text_mask": text_mask,
             "budget": np.array(budget, np.int64),
         }
-        self.halves.selectors[name].spec.check_feeds(feeds)
-        return VisualOutputs(*self._selectors[name].run(feeds))
+        return self._select(feeds, self.loaded(selector))
 
     def loaded(self, selector: str | None) -> str:
         """Return the name of a loaded selector, the first for ``None``; raise :class:`ConfigError` if it is not."""
@@ -135,6 +137,16 @@ class SplitSession(VisualSession):
                 "this selector is not loaded", received=repr(selector), expected=f"one of {', '.join(self.selectors)}"
             )
         return selector or self.selectors[0]
+
+    def _encode(self, feeds: Feeds) -> list[Array]:
+        encoder = self._require_open()
+        self.halves.encoder.spec.check_feeds(feeds)
+        return encoder.run(feeds)
+
+    def _select(self, feeds: Feeds, selector: str) -> VisualOutputs:
+        self._require_open()
+        self.halves.selectors[selector].spec.check_feeds(feeds)
+        return VisualOutputs(*self._selectors[selector].run(feeds))
 
     def _require_open(self) -> OnnxRuntimeGraph:
         if self._encoder is None:
@@ -154,5 +166,7 @@ class SplitSession(VisualSession):
         self._encoder, self._selectors = None, {}
 
     def _run(self, feeds: Feeds) -> VisualOutputs:
-        images = self.encode(feeds["pixel_values"])
-        return self.select(images, feeds["text_embeds"], feeds["text_mask"], int(feeds["budget"]))
+        vision = {name: feeds[name] for name in self.spec.vision_inputs}
+        encoded = dict(zip(ENCODER_OUTPUTS, self._encode(vision), strict=True))
+        question = {name: feeds[name] for name in QUESTION_INPUTS}
+        return self._select({**encoded, **question}, self.selectors[0])

@@ -95,11 +95,7 @@ class TensorRTSession(VisualSession):
         return tensorrt_api.create_context(self._trt, self._loaded, self._backend, cuda_graphs=self.cuda_graphs)
 
     def _run(self, feeds: Feeds) -> VisualOutputs:
-        sizes = {
-            "batch": len(feeds["pixel_values"]),
-            "text": feeds["text_embeds"].shape[1],
-            "budget": int(feeds["budget"]),
-        }
+        sizes = self.spec.check_feeds(feeds)
         command = build_command(self.bundle, self.engine.entry.precision, self.engine.entry.target)
         profile = choose_profile(self.profiles, sizes, command)
         with self._lock:

@@ -53,7 +53,7 @@ class TensorRTWorker:
             raise
 
     def run(self, profile: int, sizes: Mapping[str, int], feeds: Feeds) -> VisualOutputs:
-        """Run with ``feeds``, whose ``sizes`` (batch, text, budget) lie in ``profile``.
+        """Run with ``feeds``, whose ``sizes``, the budget among them, lie in ``profile``.
 
         Raises:
             SessionError: if TensorRT or CUDA refuses.

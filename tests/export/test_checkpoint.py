@@ -367,7 +367,7 @@ class TestConfig:
         assert str(checkpoint / "config.json") in message
         assert '"model_type"' in message
 
-    @pytest.mark.parametrize("model_type", ["llava_next", "qwen2_vl", "llama", "clip", "", "LLaVA"])
+    @pytest.mark.parametrize("model_type", ["llava_onevision", "qwen2_vl", "llama", "clip", "", "LLaVA"])
     def test_other_architectures(self, checkpoint: Path, model_type: str) -> None:
         edit_config(checkpoint, lambda config: config.update(model_type=model_type))
         message = refuse_export(checkpoint)

@@ -15,9 +15,15 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     PreTrainedTokenizerFast,
 )
 
+# Rows and columns of tiles that LLaVA-NeXT's checkpoints know.
+RESOLUTIONS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -100,14 +106,40 @@ def make_config(
     )
 
 
-def make_tiny_llava(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    """Write a seeded random checkpoint with tokenizer, chat template and image processor; return ``directory``."""
+def make_tiny_llava(
+    directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, family: str = "llava", **options: Any
+) -> Path:
+    """Write a seeded random checkpoint with tokenizer, chat template and image processor; return ``directory``.
+
+    ``family`` is ``llava`` or ``llava_next``, whose tiles have the model's image size.
+    """
     tokenizer = make_tokenizer(options.get("vocab_size", 320))
     options["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
     shard_size = options.pop("max_shard_size", "5GB")
-    config = make_config(**options)
+    config: Any = make_config(**options)
+    size = config.vision_config.image_size
+    processor: Any = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    model_class: Any = LlavaForConditionalGeneration
+    if family == "llava_next":
+        resolutions = [[size * rows, size * columns] for rows, columns in RESOLUTIONS]
+        fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        config = LlavaNextConfig.from_dict({**fields, "image_grid_pinpoints": resolutions})
+        tiles = LlavaNextImageProcessorPil(
+            size={"shortest_edge": size},
+            crop_size={"height": size, "width": size},
+            image_grid_pinpoints=resolutions,
+        )
+        processor = LlavaNextProcessor(
+            tiles,
+            tokenizer,
+            patch_size=config.vision_config.patch_size,
+            vision_feature_select_strategy="default",
+            num_additional_image_tokens=1,
+            chat_template=CHAT_TEMPLATE,
+        )
+        model_class = LlavaNextForConditionalGeneration
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    model = model_class(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers' default of 0.02 gives answers of one repeated token; this gives lively ones.
@@ -116,10 +148,7 @@ def make_tiny_llava(directory: Path, *, seed: int = 0, dtype: torch.dtype = torc
                 parameter.normal_(0, 1.2 / fan_in**0.5)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     tokenizer.save_pretrained(directory)
-    size = config.vision_config.image_size
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
-        directory
-    )
+    processor.save_pretrained(directory)
     return directory
 
 
@@ -129,8 +158,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--image-size", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--family", choices=("llava", "llava_next"), default="llava")
     args = parser.parse_args()
-    make_tiny_llava(args.directory, seed=args.seed, image_size=args.image_size)
+    make_tiny_llava(args.directory, seed=args.seed, image_size=args.image_size, family=args.family)
 
 
 if __name__ == "__main__":

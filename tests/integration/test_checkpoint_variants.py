@@ -11,10 +11,12 @@ import pytest
 import skimage.data
 import torch
 from helpers.tiny_llava import make_tiny_llava
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import MistralConfig, Qwen2Config
 
 from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
-from flashvlm_export.export.reference import LlavaReference
+from flashvlm_export.export.reference import make_reference
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
@@ -55,6 +57,17 @@ def stale_index(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
 
 
+def names_since_4_52(directory: Path) -> None:
+    """What transformers 4.52 to 4.57 saved: one ``model.`` in front of every part, the output layer outside."""
+    renamed = {}
+    with safe_open(directory / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # safe_open has keys() and no iteration
+            new = f"model.{name}".replace("language_model.model.", "language_model.")
+            renamed[new.replace("model.language_model.lm_head.", "lm_head.")] = file.get_tensor(name)
+    assert {"model.image_newline", "lm_head.weight", "model.language_model.embed_tokens.weight"} < renamed.keys()
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+
+
 VARIANTS = [
     pytest.param(
         {"text_config": Qwen2Config(**TEXT, tie_word_embeddings=True), "tie_word_embeddings": True},
@@ -70,6 +83,11 @@ VARIANTS = [
         },
         template_in_json,
         id="mistral-untied-above-narrow-heads-no-bias-last-layer-odd-size",
+    ),
+    pytest.param(
+        {"family": "llava_next", "text_config": MistralConfig(**TEXT), "dtype": torch.float16},
+        names_since_4_52,
+        id="llava-next-mistral-names-since-4.52",
     ),
     pytest.param({"dtype": torch.bfloat16, "vision_feature_layer": 2}, stale_index, id="bfloat16-layer-2-stale-index"),
 ]
@@ -88,13 +106,13 @@ def test_answers_are_those_of_transformers(options: dict, prepare: Callable[[Pat
             engine_check="off",
         )
     )
-    reference = LlavaReference(checkpoint)
-    image = skimage.data.coffee()
+    reference = make_reference(checkpoint)
+    image = load_image(skimage.data.coffee())
     with Pipeline.open(bundle) as pipeline:
         prompt = pipeline.encode([Request([image], "What is in the cup?")], budget=pipeline.visual_tokens)[0]
         params = SamplingParams(max_new_tokens=24)
         expected = reference.generate_unpruned(
-            prompt.prompt.token_ids, pipeline.preprocess([load_image(image)]), params.max_new_tokens
+            prompt.prompt.token_ids, pipeline.preprocess([image]), params.max_new_tokens, [image.size]
         )
         answer = pipeline.answer(prompt, params)
         assert answer.token_ids == expected

@@ -140,7 +140,7 @@ def test_splice_positions_are_those_of_the_prompt_that_kept_everything(
     ]
     dropped = {f"image {image} {token}" for image, chosen in enumerate(kept) for token in set(range(5)) - set(chosen)}
     expected = [number for number, row in enumerate(rows) if row not in dropped]
-    positions = splice_positions(7, places, [np.array(chosen, np.int64) for chosen in kept], 5)
+    positions = splice_positions(7, places, [np.array(chosen, np.int64) for chosen in kept], [5] * len(kept))
     assert positions.dtype == np.int64
     assert positions.tolist() == expected
 

@@ -29,6 +29,9 @@ LLAVA_15 = {
 }
 
 
+TILES = {"image_processor_type": "LlavaNextImageProcessor"}
+
+
 def photographs() -> Iterator[Image.Image]:
     """Real photographs, whole and cut to odd sizes, larger and smaller than 336 pixels."""
     datasets = pytest.importorskip("sklearn.datasets", reason="photographs come with scikit-learn")
@@ -53,8 +56,8 @@ def noise(width: int, height: int) -> Image.Image:
 
 def oracle(config: dict[str, Any]) -> Any:
     transformers = pytest.importorskip("transformers", reason=ORACLE)
-    kind = "LlavaImageProcessorPil" if "Llava" in config.get("image_processor_type", "") else "CLIPImageProcessorPil"
-    return getattr(transformers, kind).from_dict(config)
+    kind = config.get("image_processor_type", "CLIPImageProcessor")
+    return getattr(transformers, f"{kind}Pil").from_dict(config)
 
 
 def assert_equal_to_oracle(config: dict[str, Any], images: list[Image.Image]) -> None:
@@ -62,6 +65,7 @@ def assert_equal_to_oracle(config: dict[str, Any], images: list[Image.Image]) ->
     preprocessor = ImagePreprocessor(PreprocessorSettings.from_hf(config))
     for image in images:
         expected = processor(image, return_tensors="np")["pixel_values"]
+        expected = expected[0] if expected.ndim == 5 else expected  # overview and tiles of the one image
         actual = preprocessor([image])
         assert actual.dtype == np.float32
         assert actual.flags.c_contiguous
@@ -106,6 +110,15 @@ def test_unusual_sizes_equal_transformers(width: int, height: int) -> None:
         {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "size": 40, "do_center_crop": False},
         {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_normalize": False, "do_resize": False},
         {"image_processor_type": "LlavaImageProcessor"},
+        {"image_processor_type": "LlavaNextImageProcessor"},
+        {"image_processor_type": "LlavaNextImageProcessor", "size": {"height": 336, "width": 336}, "do_pad": False},
+        {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": 30,
+            "crop_size": 30,
+            "image_grid_pinpoints": [[30, 60]],
+        },
+        {"image_processor_type": "LlavaNextImageProcessor", "do_center_crop": False, "resample": 2},
     ],
     ids=str,
 )
@@ -152,7 +165,10 @@ def test_only_rgb_is_taken() -> None:
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("image_processor_type", {"image_processor_type": "LlavaNextImageProcessor"}),
+        ("image_processor_type", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("crop_size", TILES | {"crop_size": 224}),
+        ("image_grid_pinpoints", TILES | {"image_grid_pinpoints": []}),
+        ("image_grid_pinpoints", TILES | {"image_grid_pinpoints": [[336]]}),
         ("do_pad", {"do_pad": True}),
         ("size", {"size": {"longest_edge": 336}}),
         ("size", {"size": {"shortest_edge": 336, "longest_edge": 672}}),
@@ -188,7 +204,9 @@ def test_processor_config_with_nested_image_processor() -> None:
     assert PreprocessorSettings.from_hf(nested) == PreprocessorSettings.from_hf(LLAVA_15)
 
 
-@pytest.mark.parametrize("config", [LLAVA_15, {"size": [41, 29], "do_center_crop": False, "do_normalize": False}])
+@pytest.mark.parametrize(
+    "config", [LLAVA_15, LLAVA_15 | TILES, {"size": [41, 29], "do_center_crop": False, "do_normalize": False}]
+)
 def test_settings_survive_the_file(config: dict[str, Any]) -> None:
     settings = PreprocessorSettings.from_hf(config)
     assert decode_preprocessor(encode_preprocessor(settings)) == settings

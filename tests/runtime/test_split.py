@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BudgetError, ConfigError, ImageError, SessionError, UsageError
+from flashvlm_export.runtime.graph_inputs import PreparedImage
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import content_key, load_image
+from flashvlm_export.runtime.layout import one_picture
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.runtime.sessions.onnxruntime import OnnxRuntimeSession
@@ -51,6 +53,10 @@ def feeds_for(bundle: Bundle, precision: Precision, budget: int, batch: int = 3,
     }
 
 
+def prepared(bundle: Bundle, pixels: Array) -> list[PreparedImage]:
+    return [PreparedImage(rows[None], one_picture(bundle.manifest.dims.grid)) for rows in pixels]
+
+
 @pytest.mark.parametrize("budget", [1, 5, 16])
 def test_the_halves_give_the_fused_graphs_bits(bundle: Bundle, budget: int) -> None:
     feeds = feeds_for(bundle, Precision.FP32, budget)
@@ -66,7 +72,7 @@ def test_the_halves_give_the_fused_graphs_bits(bundle: Bundle, budget: int) -> N
 def test_each_selector_keeps_what_its_definition_keeps(bundle: Bundle, precision: Precision, selector: str) -> None:
     feeds = feeds_for(bundle, precision, 6, seed=3)
     with SplitSession(bundle, precision, [selector]) as split:
-        images = split.encode(feeds["pixel_values"])
+        images = split.encode(prepared(bundle, feeds["pixel_values"]))
         kept = split.select(images, feeds["text_embeds"], feeds["text_mask"], 6)
     features, saliency, tokens = (
         np.stack([getattr(image, name) for image in images])
@@ -93,7 +99,7 @@ def test_budgets_and_selectors_share_the_encoder(pipeline: Pipeline, monkeypatch
     batches = []
     encode = SplitSession.encode
     monkeypatch.setattr(
-        SplitSession, "encode", lambda self, pixels: batches.append(len(pixels)) or encode(self, pixels)
+        SplitSession, "encode", lambda self, images: batches.append(len(images)) or encode(self, images)
     )
     prunings = [Pruning(4), Pruning(9), Pruning(4, selector="divprune"), Pruning(4)]
     asked = [(Request([picture(seed)], "What is it?"), pruning) for seed, pruning in enumerate(prunings)]
@@ -111,9 +117,9 @@ def test_an_image_is_encoded_once(pipeline: Pipeline, monkeypatch: pytest.Monkey
     batches = []
     encode = SplitSession.encode
 
-    def counting(self: SplitSession, pixels: Array) -> list[EncodedImage]:
-        batches.append(len(pixels))
-        return encode(self, pixels)
+    def counting(self: SplitSession, images: Sequence[PreparedImage]) -> list[EncodedImage]:
+        batches.append(len(images))
+        return encode(self, images)
 
     monkeypatch.setattr(SplitSession, "encode", counting)
     file = tmp_path / "picture.png"
@@ -137,7 +143,8 @@ def test_the_selector_is_chosen_by_request(pipeline: Pipeline) -> None:
 
 
 def encoded(size_bytes: int) -> EncodedImage:
-    return EncodedImage(np.zeros(size_bytes - 2, np.int8), np.zeros(1, np.int8), np.zeros(1, np.int8))
+    arrays = (np.zeros(size, np.int8) for size in (size_bytes - 2, 1, 1))
+    return EncodedImage(*arrays, one_picture((1, 1)))
 
 
 def test_the_cache_drops_what_was_not_used_for_longest() -> None:
@@ -228,6 +235,6 @@ def test_bad_input_is_refused(bundle: Bundle, pipeline: Pipeline) -> None:
     feeds = feeds_for(bundle, Precision.FP32, 4)
     session = SplitSession(bundle, Precision.FP32)
     with pytest.raises(SessionError, match="not open"):
-        session.encode(feeds["pixel_values"])
+        session.encode(prepared(bundle, feeds["pixel_values"]))
     with session, pytest.raises(SessionError, match="wrong shape"):
-        session.encode(feeds["pixel_values"][:, :2])
+        session.encode(prepared(bundle, feeds["pixel_values"][:, :2]))
