@@ -38,6 +38,9 @@ def text_relevance(visual_tokens: Array, text_embeds: Array, config: FlashVLMCon
     if len(text_embeds) == 0:
         return np.zeros(len(visual_tokens))
     cosine = unit_rows(visual_tokens) @ unit_rows(text_embeds).T
+    if config.weigh_text:
+        lengths = np.linalg.norm(text_embeds, axis=1)
+        cosine = cosine * (lengths / (lengths.max() + 1e-6))
     relevance = (_softmax(cosine / config.relevance_temperature, axis=1) * cosine).sum(axis=1)
     sharpened = minmax(_softmax(relevance / config.sharpening_temperature, axis=0) ** config.power)
     threshold = np.quantile(sharpened, config.quantile)

@@ -54,6 +54,9 @@ class FlashVLM(nn.Module):
         cfg = self.config
         mask = text_mask[:, None, :]
         cosine = unit_rows(visual_tokens) @ unit_rows(text_embeds).transpose(1, 2)
+        if cfg.weigh_text:
+            lengths = torch.where(text_mask, text_embeds.float().norm(dim=-1), 0.0)
+            cosine = cosine * (lengths / (lengths.amax(-1, keepdim=True) + 1e-6))[:, None, :]
         # Finite even where a row has no text at all, so that no NaN arises; such rows are zeroed below.
         weights = torch.softmax(torch.where(mask, cosine, NEVER) / cfg.relevance_temperature, dim=-1)
         relevance = (weights * torch.where(mask, cosine, 0.0)).sum(-1)

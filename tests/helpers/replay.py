@@ -60,12 +60,20 @@ class Replay:
 
 
 def replay_graph(
-    directory: Path, config: Any, *, patches: int, width: int, llm_width: int, selector: str = "flashvlm"
+    directory: Path,
+    config: Any,
+    *,
+    patches: int,
+    width: int,
+    llm_width: int,
+    selector: str = "flashvlm",
+    any_size: bool = False,
 ) -> Replay:
-    """Export one and open it."""
+    """Export one and open it; with ``any_size`` for up to ``patches`` of them."""
+    visual = "visual" if any_size else patches
     spec = GraphSpec(
         inputs=(
-            TensorSpec("pixel_values", "float32", ("batch", patches, width + 1 + llm_width)),
+            TensorSpec("pixel_values", "float32", ("batch", visual, width + 1 + llm_width)),
             TensorSpec("text_embeds", "float32", ("batch", "text", llm_width)),
             TensorSpec("text_mask", "bool", ("batch", "text")),
             TensorSpec("budget", "int64", ()),
@@ -73,23 +81,24 @@ def replay_graph(
         outputs=(
             TensorSpec("visual_tokens", "float32", ("batch", "kept", llm_width)),
             TensorSpec("visual_indices", "int64", ("batch", "kept")),
-            TensorSpec("scores", "float32", ("batch", patches)),
+            TensorSpec("scores", "float32", ("batch", visual)),
         ),
         dims=(
             DynamicDim("batch", 1, 1, 8),
+            *([DynamicDim("visual", 4, patches, patches)] if any_size else []),
             DynamicDim("text", 1, 64, 512),
             DynamicDim("budget", 1, min(128, patches), patches),
         ),
     )
     generator = torch.Generator().manual_seed(0)
     tensors = (
-        torch.randn(2, patches, width + 1 + llm_width, generator=generator),
+        torch.randn(2, patches // 2 if any_size else patches, width + 1 + llm_width, generator=generator),
         torch.randn(2, 9, llm_width, generator=generator),
         torch.ones(2, 9, dtype=torch.bool),
         torch.tensor(max(1, patches // 3)),
     )
     module = VisualGraph(ReplayEncoder(width), get_selector(selector).make_module(config)).eval()
-    name = f"{selector}_{getattr(config, 'diversity', '')}_{patches}"
+    name = f"{selector}_{getattr(config, 'diversity', '')}_{visual}"
     graph = onnx_from_visual_graph(module, GraphInputs(tensors, spec), directory / f"{name}.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

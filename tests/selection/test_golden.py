@@ -124,6 +124,49 @@ def test_batch_of_three_with_padded_text(diversity: str, graphs: dict[tuple[str,
             np.testing.assert_array_equal(indices[0], together[row])
 
 
+@pytest.fixture(scope="module")
+def qwen() -> Golden:
+    """The variant for Qwen2.5-VL: merged tokens are features too, text counts by its length."""
+    with np.load(DATA / "qwen_a.npz") as data:
+        tokens, text = data["image_tokens"][None], data["text_embeds"][None]
+        mask = np.ones(text.shape[:2], np.bool_)
+        indices = {int(budget): data[f"indices_{budget}"][None] for budget in data["budgets"]}
+        arrays = (tokens, data["attention_received"][None], tokens, text, mask)
+        return Golden(arrays, indices, {})
+
+
+def test_numpy_and_torch_return_every_golden_index_of_qwen(qwen: Golden) -> None:
+    config = FlashVLMConfig(weigh_text=True)
+    module = get_selector("flashvlm").make_module(config)
+    tensors = [torch.from_numpy(array) for array in qwen.arrays]
+    for budget, expected in qwen.indices.items():
+        np.testing.assert_array_equal(select_tokens(*qwen.arrays, budget, config), expected)
+        with torch.no_grad():
+            kept, _ = module(*tensors, torch.tensor(budget))
+        np.testing.assert_array_equal(kept.nonzero()[:, 1].numpy(), expected[0])
+    without = select_tokens(*qwen.arrays, 98)
+    assert not np.array_equal(without, qwen.indices[98])
+
+
+@pytest.mark.parametrize("diversity", DIVERSITIES)
+def test_a_graph_of_any_size_returns_every_golden_index_of_qwen(
+    qwen: Golden, diversity: str, tmp_path: Path
+) -> None:
+    """One graph for 4 to 391 visual tokens: golden at its largest, the definition at others, with padded text."""
+    config = FlashVLMConfig(diversity=diversity, weigh_text=True)
+    graph = replay_graph(tmp_path, config, patches=391, width=64, llm_width=64, any_size=True)
+    if diversity == "bipartite":
+        for budget, expected in qwen.indices.items():
+            np.testing.assert_array_equal(graph.run(*qwen.arrays, budget)[1], expected)
+    features, saliency, tokens, text, mask = (np.concatenate([array, array[:, ::-1]]) for array in qwen.arrays)
+    mask = mask.copy()
+    mask[1, 11:] = False
+    for count, budget in ((4, 1), (4, 4), (17, 5), (100, 33), (256, 255), (201, 64)):
+        arrays = (features[:, :count], saliency[:, :count], tokens[:, :count], text, mask)
+        expected = select_tokens(*arrays, budget, config)
+        np.testing.assert_array_equal(graph.run(*arrays, budget)[1], expected, err_msg=f"{budget} of {count}")
+
+
 def test_the_two_diversity_steps_differ() -> None:
     arrays = load("llava_a").arrays
     assert not np.array_equal(
