@@ -83,7 +83,7 @@ def compare(vlm: Pipeline, checkpoint: Path, budget: int, pruned: list[Answer], 
     selection = vlm.bundle.manifest.selection
     config = get_selector(selection.selector).make_config(selection.config)
     picture = vlm.inputs.prepare(load_image(PICTURE))
-    pixels = picture.pixels
+    pixels = picture.inputs["pixel_values"]
     overlaps, errors, same = [], [], {"kept": 0, "all": 0}
     for question, answer, other in zip(QUESTIONS, pruned, unpruned, strict=True):
         tokenized = vlm.prompts.chat(question)

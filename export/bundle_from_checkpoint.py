@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,12 +115,13 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
     """
     progress = progress or Progress()
     selector = get_selector(settings.selector)
-    config = selector.make_config(settings.selection)
+    selector.make_config(settings.selection)
     _check_settings(settings)
 
     weights = open_weights(settings.model, settings.weights, revision=settings.revision)
     adapter = _open_adapter(weights)
     _check_selectors(settings, adapter)
+    config = _selection_config(selector, adapter, settings.selection)
     decoder = _resolve_decoder(settings, adapter, weights)
     _print_settings(settings, adapter, weights, config, decoder, progress)
     if decoder != "none":
@@ -138,7 +139,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
         if weights.directory is not None:
             progress.step("tokenizer, chat template, image processor")
             prompt = write_prompt_files(weights.directory, staging, adapter, progress)
-        write_preprocessor(staging / PREPROCESSOR, adapter, weights)
+        write_preprocessor(staging / PREPROCESSOR, adapter, weights, progress)
         graphs, halves, checks = {}, {}, {}
         for precision in settings.precisions:
             graphs[precision.value], half, checks[precision.value] = _write_graphs(
@@ -171,6 +172,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             tools={"flashvlm-export": __version__, **_tool_versions()},
             checks=checks,
             split=halves,
+            position_axes=3 if adapter.position_sections else 1,
         )
         write_manifest(staging, manifest)
         Bundle.open(staging)
@@ -221,12 +223,19 @@ def _check_settings(settings: ExportSettings) -> None:
 
 def _check_selectors(settings: ExportSettings, adapter: Adapter) -> None:
     for name in (settings.selector, *settings.further_selectors):
-        if get_selector(name).needs_fixed_grid and adapter.dims.most_tiles > 1:
+        if get_selector(name).needs_fixed_grid and not adapter.dims.has_one_size:
             raise ConfigError(
                 f"the selector '{name}' needs the same grid of visual tokens in every image",
                 received=f"{adapter.family}, which sees images in {adapter.dims.describe_pictures()}",
                 expected="another selector, or a model that sees an image as one picture",
             )
+
+
+def _selection_config(selector: Selector, adapter: Adapter, settings: Mapping[str, Any]) -> Any:
+    """Return what is asked for, and where nothing is, what the family takes instead of the selector's defaults."""
+    known = {field.name for field in fields(selector.config_type)}
+    defaults = {name: value for name, value in adapter.selection_defaults.items() if name in known}
+    return selector.make_config({**defaults, **settings})
 
 
 def _open_adapter(weights: WeightSource) -> Adapter:
@@ -339,7 +348,7 @@ def _write_graphs(
     if settings.split:
         configs = {selector.name: config}
         for name in settings.further_selectors:
-            configs.setdefault(name, get_selector(name).make_config({}))
+            configs.setdefault(name, _selection_config(get_selector(name), adapter, {}))
         halves, measured = write_split_graphs(
             graph, adapter, configs, precision, compile_engines=compile_engines, progress=step
         )
@@ -351,7 +360,7 @@ def _write_graphs(
 def _require_decoder(adapter: Adapter) -> None:
     from flashvlm_export.export.decoder import require_exportable
 
-    require_exportable(adapter.config.text_config)
+    require_exportable(adapter.text_config)
 
 
 def _write_decoder(
@@ -360,9 +369,8 @@ def _write_decoder(
     from flashvlm_export.export.decoder import export_decoder
 
     progress.step(f"LLM decoder {decoder}")
-    return export_decoder(
-        adapter.config.text_config, text_model_tensors(adapter, weights, progress), staging / "llm", decoder
-    )
+    tensors = text_model_tensors(adapter, weights, progress)
+    return export_decoder(adapter.text_config, tensors, staging / "llm", decoder, adapter.position_sections)
 
 
 def _tool_versions() -> dict[str, str]:

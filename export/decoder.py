@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -83,7 +83,11 @@ _TOKENIZER = {
 
 
 def export_decoder(
-    text_config: PreTrainedConfig, tensors: Iterable[tuple[str, Tensor]], directory: Path, precision: str
+    text_config: PreTrainedConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: Path,
+    precision: str,
+    position_sections: Sequence[int] = (),
 ) -> DecoderEntry:
     """Write ``model.onnx`` and ``model.onnx.data`` into ``directory``; nothing else stays on disk.
 
@@ -95,6 +99,8 @@ def export_decoder(
         directory: a folder of the bundle; made if it is not there.
         precision: ``fp32``, ``fp16`` (inputs and KV cache too; meant for CUDA, runs on a CPU), ``int8`` or ``int4``
             (weights in blocks of 32, the rest float32; for CPUs).
+        position_sections: rotary frequencies that turn by time, row and column (M-RoPE, arXiv 2409.12191): positions
+            then have three numbers.
 
     Returns:
         The manifest's entry; ``file`` is relative to the parent of ``directory``.
@@ -119,6 +125,7 @@ def export_decoder(
         num_kv_heads=config.num_key_value_heads,
         head_size=head_size(config),
         max_positions=config.max_position_embeddings,
+        position_axes=3 if position_sections else 1,
     )
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -129,7 +136,7 @@ def export_decoder(
             elements = _write_checkpoint(checkpoint, config, tensors)
             require_free_space(directory, int(elements * _BYTES_PER_WEIGHT[precision]))
             _run_builder(checkpoint, built, precision)
-            take_positions(built / MODEL, entry.head_size)
+            take_positions(built / MODEL, entry.head_size, position_sections)
             _check_graph(built / MODEL, config, entry)
             for name in (f"{MODEL}.data", MODEL):
                 (built / name).replace(directory / name)

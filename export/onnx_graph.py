@@ -71,6 +71,8 @@ def encoder_from_probe(graph: ExportedGraph, spec: GraphSpec, file: Path) -> Non
     cut: list[str] = []
     for name in ENCODER_OUTPUTS:
         producer = values[name].producer()
+        while producer is not None and producer.op_type == "Identity":  # what is feature and token at once
+            producer = None if producer.inputs[0] is None else producer.inputs[0].producer()
         before = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else None
         is_half = before is not None and before.dtype == ir.DataType.FLOAT16
         cut.append(str(before.name) if before is not None and is_half else name)
@@ -88,6 +90,12 @@ def _save_part(
     for initializer in kept:
         part.initializers.add(initializer)
     model.graph = part
+    for place, value in enumerate(part.outputs):
+        if value in part.outputs[:place]:
+            again = ir.node("Identity", [value])
+            again.outputs[0].type = value.type
+            part.append(again)
+            part.outputs[place] = again.outputs[0]
     for value, tensor in zip(model.graph.outputs, spec.outputs if spec else (), strict=False):
         value.name, value.shape = tensor.name, ir.Shape(tensor.shape)
     ir.save(model, file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
     )
 
 
-def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource) -> None:
+def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource, progress: Progress) -> None:
     """Write the checkpoint's image processor settings; with random weights, those that such a checkpoint has.
 
     Raises:
@@ -72,16 +73,28 @@ def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource) -> N
             tiles than the model puts together.
         ConfigError: if the runtime cannot reproduce them exactly.
     """
-    size = adapter.dims.image_size
+    dims = adapter.dims
     config = adapter.default_processor if weights.directory is None else _processor_config(weights.directory)
     settings = PreprocessorSettings.from_hf(config)
-    if settings.output_size != (size, size):
+    sizes = settings.pixel_range or settings.output_size
+    usual = PreprocessorSettings.from_hf(adapter.default_processor)
+    usual_sizes = usual.pixel_range or usual.output_size
+    if (sizes[0] if dims.windows else sizes) != (usual_sizes[0] if dims.windows else usual_sizes):
         raise CheckpointError(
             "image processor and vision tower do not belong together",
-            received=f"images of {settings.output_size}",
-            expected=f"({size}, {size}), from config.json",
+            received=f"images of {sizes}",
+            expected=f"{usual_sizes}, from config.json",
         )
-    expected = PreprocessorSettings.from_hf(adapter.default_processor).resolutions
+    if settings.pixel_range is not None:
+        multiple, least, most = settings.pixel_range
+        most_here = dims.num_patches * multiple**2
+        if most > most_here:
+            progress.note(
+                f"NOTE: images of more than {dims.num_patches} visual tokens are scaled down to these, as many as "
+                f"TensorRT sorts; the checkpoint's own processor goes up to {most // multiple**2}"
+            )
+            settings = replace(settings, pixel_range=(multiple, least, most_here))
+    expected = usual.resolutions
     if settings.resolutions != expected:
         raise CheckpointError(
             "image processor and model do not see an image in the same tiles",

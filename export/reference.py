@@ -9,7 +9,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from PIL import Image
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.vision_utils import get_vision_window_index
 
 from flashvlm_export.errors import CheckpointError
 from flashvlm_export.export.checkpoint import read_config
@@ -58,6 +66,10 @@ class LlavaReference:
         features, saliency, tokens = (part.numpy() for part in parts)
         return features, saliency, tokens
 
+    def encode_image(self, image: Image.Image, pixel_values: Array) -> tuple[Array, Array, Array]:
+        """Return the same of one image; ``pixel_values`` are what the visual graph takes of it."""
+        return self.encode(pixel_values, image.size)
+
     def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         inner = self.model.model
         layer = self.model.config.vision_feature_layer
@@ -84,14 +96,15 @@ class LlavaReference:
     def generate(self, inputs_embeds: Array, max_new_tokens: int, *, positions: Array | None = None) -> list[int]:
         """Return greedy token ids for one prompt ``[S, D]``, without the end-of-sequence token.
 
-        ``positions [S]`` tells where its rows stand; without, they count up from 0.
+        ``positions [S]``, or ``[S, 3]``, tells where its rows stand; without, they count up from 0.
         """
         positions = np.arange(len(inputs_embeds)) if positions is None else positions
-        return self._greedy(
-            max_new_tokens,
-            inputs_embeds=torch.from_numpy(inputs_embeds)[None],
-            position_ids=torch.from_numpy(positions)[None],
-        )
+        ends, said = self._ends(), []
+        for token in self.stream(inputs_embeds, positions, max_new_tokens):
+            if token in ends:
+                break
+            said.append(token)
+        return said
 
     def generate_unpruned(
         self, token_ids: Array, pixel_values: Array, max_new_tokens: int, sizes: Sequence[Size] = ()
@@ -116,15 +129,27 @@ class LlavaReference:
         config = self.model.config.vision_config
         return {"pixel_values": pixels}, [(config.image_size // config.patch_size) ** 2] * len(pixels)
 
-    def stream(self, inputs_embeds: Array, max_new_tokens: int) -> Iterator[int]:
-        """Yield greedy token ids for one prompt ``[S, D]`` as each is known, past the end of the answer too."""
+    def stream(self, inputs_embeds: Array, positions: Array, max_new_tokens: int) -> Iterator[int]:
+        """Yield greedy token ids for one prompt ``[S, D]`` as each is known, past the end of the answer too.
+
+        Args:
+            inputs_embeds: float32 ``[S, D]``.
+            positions: int64 ``[S]``, or ``[S, 3]``: where the rows stand; the answer goes on behind the largest.
+            max_new_tokens: how many.
+        """
         given: dict[str, Any] = {"inputs_embeds": torch.from_numpy(inputs_embeds)[None]}
+        placed, total = torch.from_numpy(positions), 0
         for _ in range(max_new_tokens):
+            total += len(placed)
+            # The mask says that a gap is none: without, transformers takes it for the start of another sequence.
+            mask = torch.ones(1, total, dtype=torch.int64)
+            place = placed[None] if placed.ndim == 1 else placed.T[:, None]
             with torch.no_grad():
-                output = self.model(**given, use_cache=True, logits_to_keep=1)
+                output = self.model(**given, position_ids=place, attention_mask=mask, use_cache=True, logits_to_keep=1)
             token = output.logits[:, -1:].argmax(-1)
             yield int(token)
             given = {"input_ids": token, "past_key_values": output.past_key_values}
+            placed = torch.full_like(placed[-1:], int(placed.max()) + 1)
 
     def _greedy(self, max_new_tokens: int, **inputs: torch.Tensor) -> list[int]:
         first = next(iter(inputs.values()))
@@ -134,8 +159,11 @@ class LlavaReference:
         ids: list[int] = output[0].tolist()
         if "input_ids" in inputs:
             ids = ids[first.shape[1] :]
+        return ids[:-1] if ids and ids[-1] in self._ends() else ids
+
+    def _ends(self) -> list[int]:
         eos = self.model.generation_config.eos_token_id
-        return ids[:-1] if ids and ids[-1] in ([eos] if isinstance(eos, int) else eos or []) else ids
+        return [eos] if isinstance(eos, int) else eos or []
 
 
 class LlavaNextReference(LlavaReference):
@@ -166,7 +194,55 @@ class LlavaNextReference(LlavaReference):
         return self.model.model.pack_image_features(parts, heights, "default", image_newline=None)
 
 
-_REFERENCES = {"llava": LlavaReference, "llava_next": LlavaNextReference}
+class Qwen25VLReference(LlavaReference):
+    """A Qwen2.5-VL checkpoint, likewise: its own image processor cuts the pictures up."""
+
+    model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
+
+    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
+        super().__init__(directory, language_attention=language_attention)
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+
+    def encode_image(self, image: Image.Image, pixel_values: Array) -> tuple[Array, Array, Array]:
+        """Return ``(patch_features [1,N,D], saliency [1,N], visual tokens [1,N,D])``; the pixels are its own."""
+        given = self.processor(image, return_tensors="pt")
+        tower, seen = self.model.model.visual, []
+        attend = modeling_qwen2_5_vl.eager_attention_forward
+
+        def remember(module: Any, *args: Any, **kwargs: Any) -> Any:
+            output, weights = attend(module, *args, **kwargs)
+            if module is tower.blocks[-1].attn:
+                seen.append(weights)
+            return output, weights
+
+        modeling_qwen2_5_vl.eager_attention_forward = remember
+        try:
+            with torch.no_grad():
+                tokens = tower(given["pixel_values"], grid_thw=given["image_grid_thw"]).pooler_output
+        finally:
+            modeling_qwen2_5_vl.eager_attention_forward = attend
+        (weights,) = seen
+        received = weights.sum(2).mean(1)[0].reshape(-1, tower.spatial_merge_unit).mean(1)
+        window_order, _ = get_vision_window_index(
+            given["image_grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        rows = tokens.numpy()[None]
+        return rows, received[torch.argsort(window_order)].numpy()[None], rows
+
+    def generate_unpruned_images(
+        self, token_ids: Array, images: Sequence[Image.Image], max_new_tokens: int
+    ) -> list[int]:
+        """Return greedy token ids of the unmodified model for a prompt with one placeholder per image."""
+        given = self.processor(list(images), return_tensors="pt")
+        repeats = np.ones(len(token_ids), np.int64)
+        is_image = token_ids == self.model.config.image_token_id
+        repeats[is_image] = given["image_grid_thw"].prod(-1).numpy() // self.model.model.visual.spatial_merge_unit
+        expanded = torch.from_numpy(np.repeat(token_ids, repeats))[None]
+        kinds = (expanded == self.model.config.image_token_id).int()
+        return self._greedy(max_new_tokens, input_ids=expanded, mm_token_type_ids=kinds, **given)
+
+
+_REFERENCES = {"llava": LlavaReference, "llava_next": LlavaNextReference, "qwen2_5_vl": Qwen25VLReference}
 
 
 def make_reference(directory: Path, *, language_attention: str = "eager") -> LlavaReference:

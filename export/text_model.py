@@ -48,9 +48,8 @@ def text_model_tensors(adapter: Adapter, weights: WeightSource, progress: Progre
     Without ``lm_head.weight`` where the output layer is the embedding table. As in transformers, the checkpoint's
     top-level ``tie_word_embeddings`` decides; the text configuration's only where there is no ``lm_head`` at all.
     """
-    config = adapter.config
     stored = "lm_head.weight" in weights.names()
-    tied = config.tie_word_embeddings or (config.text_config.tie_word_embeddings and not stored)
+    tied = adapter.config.tie_word_embeddings or (adapter.text_config.tie_word_embeddings and not stored)
     for name, parameter in progress.track(_text_parameters(adapter), "tensors"):
         if not (tied and name == "lm_head.weight"):
             yield name, weights.read(adapter.text_key(name), tuple(parameter.shape))
@@ -62,7 +61,7 @@ def count_text_parameters(adapter: Adapter) -> int:
 
 
 def _text_parameters(adapter: Adapter) -> list[tuple[str, Parameter]]:
-    config = copy.deepcopy(adapter.config.text_config)
+    config = copy.deepcopy(adapter.text_config)
     config.tie_word_embeddings = False
     with torch.device("meta"):
         return list(AutoModelForCausalLM.from_config(config).named_parameters())

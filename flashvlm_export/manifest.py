@@ -113,6 +113,7 @@ class DecoderEntry:
         num_kv_heads: key/value heads per layer.
         head_size: channels per head.
         max_positions: longest sequence, prompt and answer together.
+        position_axes: numbers of a position: 1, or 3 for time, row and column (M-RoPE).
     """
 
     file: str
@@ -121,6 +122,7 @@ class DecoderEntry:
     num_kv_heads: int
     head_size: int
     max_positions: int
+    position_axes: int = 1
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class Manifest:
         tools: versions of the packages that wrote the bundle.
         checks: what was measured before the bundle was called good: precision → check → figure.
         split: encoder and selectors apart, by precision, where the bundle has them.
+        position_axes: numbers of a position in the language model, as of its decoder.
     """
 
     schema_version: int
@@ -152,6 +155,7 @@ class Manifest:
     tools: dict[str, str]
     checks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     split: dict[str, SplitGraphs] = field(default_factory=dict)
+    position_axes: int = 1
 
     def __post_init__(self) -> None:
         if not self.graphs:

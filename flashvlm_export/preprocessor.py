@@ -34,7 +34,9 @@ _CLIP_TYPES = frozenset(
 )
 _LLAVA_TYPES = frozenset({"LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"})
 _LLAVA_NEXT_TYPES = frozenset({"LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil"})
-_TYPES = _CLIP_TYPES | _LLAVA_TYPES | _LLAVA_NEXT_TYPES
+_QWEN_TYPES = frozenset({"Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil"})
+_TYPES = _CLIP_TYPES | _LLAVA_TYPES | _LLAVA_NEXT_TYPES | _QWEN_TYPES
+_QWEN_PIXELS = (56 * 56, 28 * 28 * 1280)
 _LLAVA_NEXT_RESOLUTIONS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -51,6 +53,8 @@ class PreprocessorSettings:
         rescale_factor: multiplies the 8-bit values.
         mean: per channel, subtracted after rescaling.
         std: per channel, divides after ``mean``; both or none.
+        pixel_range: a size that both sides of the resized image are multiples of, and the least and most pixels that it
+            may have, in which it keeps its aspect ratio; not together with another resize or with a crop.
         resolutions: heights and widths in pixels to which an image can be scaled before it is cut into tiles of
             the size ``resize``, that of the overview; empty where an image is one picture.
     """
@@ -64,6 +68,7 @@ class PreprocessorSettings:
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
     resolutions: tuple[tuple[int, int], ...] = ()
+    pixel_range: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         sides = [self.shortest_edge, *(self.resize or ()), *(self.crop or ()), *sum(self.resolutions, ())]
@@ -71,7 +76,13 @@ class PreprocessorSettings:
             raise ValueError(f"sizes have to be 1 to {_MAX_SIDE} pixels, got {sides}")
         if self.shortest_edge is not None and self.resize is not None:
             raise ValueError("shortest_edge and resize exclude each other")
-        if self.crop is None and self.resize is None:
+        if self.pixel_range is not None:
+            multiple, least, most = self.pixel_range
+            if any((self.pad_color, self.shortest_edge, self.resize, self.crop, self.resolutions)):
+                raise ValueError("pixel_range goes with no other resize, crop, padding or tiles")
+            if not (1 <= multiple <= _MAX_SIDE and 1 <= least <= most and multiple**2 <= most <= _MAX_SIDE**2):
+                raise ValueError(f"pixel_range is a multiple, least and most pixels, got {self.pixel_range}")
+        elif self.crop is None and self.resize is None:
             raise ValueError("without crop or resize the output size depends on the image")
         tile = self.resize or (1, 1)
         if self.resolutions and (self.resize is None or self.crop is not None or self.pad_color is not None):
@@ -90,9 +101,9 @@ class PreprocessorSettings:
 
     @property
     def output_size(self) -> tuple[int, int]:
-        """Height and width of ``pixel_values``, in pixels."""
+        """Height and width of ``pixel_values``, in pixels, where all images have the same."""
         size = self.crop or self.resize
-        assert size is not None  # __post_init__ refuses both missing
+        assert size is not None  # with pixel_range nobody asks; __post_init__ refuses else that both are missing
         return size
 
     @classmethod
@@ -148,12 +159,15 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
     shortest_edge: int | None = None
     resize: tuple[int, int] | None = None
     resample = _BICUBIC
+    pixel_range = _pixel_range(config) if kind in _QWEN_TYPES else None
     if _flag(config, "do_resize", True):
-        shortest_edge, resize = _resize(config)
+        if pixel_range is None:
+            shortest_edge, resize = _resize(config)
         resample = config.get("resample", _BICUBIC)
         if not isinstance(resample, int) or isinstance(resample, bool) or resample not in _RESAMPLING_FILTERS:
             raise _refused("resample", resample, "0 to 5, a filter of PIL.Image.Resampling")
-    crop = _crop(config) if _flag(config, "do_center_crop", True) else None
+    crops = kind not in _QWEN_TYPES and _flag(config, "do_center_crop", True)
+    crop = _crop(config) if crops else None
     resolutions: tuple[tuple[int, int], ...] = ()
     if kind in _LLAVA_NEXT_TYPES:
         resolutions = _resolutions(config)
@@ -163,7 +177,7 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         if resize is None or crop not in (None, resize):
             raise _refused("crop_size", crop, f"the same as `size`, {resize}")
         crop = None
-    if crop is None and resize is None:
+    if crop is None and resize is None and pixel_range is None:
         # Padded to a square first, the shorter edge is both edges.
         if pad_color is None or shortest_edge is None:
             raise _refused("do_center_crop", False, "true, unless `size` gives a height and a width")
@@ -190,7 +204,24 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         mean=normalize[0] if normalize else None,
         std=normalize[1] if normalize else None,
         resolutions=resolutions,
+        pixel_range=pixel_range,
     )
+
+
+def _pixel_range(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Return the multiple, the least and the most pixels of Qwen2-VL's image processor, under old names or new ones."""
+    if not _flag(config, "do_resize", True):
+        raise _refused("do_resize", False, "true: sides have to be multiples of a visual token's")
+    size = config.get("size") or {}
+    least = config.get("min_pixels") or size.get("shortest_edge") or size.get("min_pixels") or _QWEN_PIXELS[0]
+    most = config.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels") or _QWEN_PIXELS[1]
+    multiple = config.get("patch_size", 14) * config.get("merge_size", 2)
+    for key, value in (("min_pixels", least), ("max_pixels", most), ("patch_size", multiple)):
+        if not isinstance(value, int) or value < 1:
+            raise _refused(key, value, "a whole number, 1 or more")
+    if not multiple**2 <= most or not least <= most:
+        raise _refused("max_pixels", most, f"at least {max(multiple**2, least)}")
+    return multiple, least, min(most, _MAX_SIDE**2)
 
 
 def _resolutions(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
@@ -256,5 +287,6 @@ def _refused(key: str, value: object, expected: str) -> ConfigError:
         f"the image processor's `{key}` cannot be reproduced exactly",
         received=f"{key} = {value!r}",
         expected=expected,
-        hint="only the image processors of CLIP, LLaVA and LLaVA-NeXT are supported; see preprocessor_config.json",
+        hint="only the image processors of CLIP, LLaVA, LLaVA-NeXT and Qwen2.5-VL are supported; see "
+        "preprocessor_config.json",
     )

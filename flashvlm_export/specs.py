@@ -89,17 +89,50 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class WindowDims:
+    """How an image at its own resolution is cut up (Qwen2.5-VL).
+
+    Attributes:
+        patch_size: height and width of a patch, in pixels.
+        frames: frames that one patch holds; a still image stands for each.
+        merge_size: patches along each side that become one visual token.
+        side: visual tokens along each side of a window.
+    """
+
+    patch_size: int
+    frames: int
+    merge_size: int
+    side: int
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers of one patch, three channels of each frame."""
+        return 3 * self.frames * self.patch_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Visual tokens of a whole window."""
+        return self.side**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a whole window."""
+        return self.window_tokens * self.merge_size**2
+
+
+@dataclass(frozen=True)
 class VisualDims:
     """Sizes of one model's visual side.
 
     Attributes:
-        image_size: height and width of ``pixel_values``, in pixels.
+        image_size: height and width of ``pixel_values``, in pixels; 0 where an image has its own.
         patch_size: height and width of a patch, in pixels.
-        num_patches: visual tokens of one image before pruning (``N``); of an image in tiles, the most it can have.
+        num_patches: visual tokens of one image before pruning (``N``); where images differ, the most one can have.
         vision_width: channels of a patch feature (``C``).
         llm_width: channels of an LLM embedding (``D``).
         most_tiles: pictures of ``image_size`` in which one image is seen, at most: an overview and tiles; 1 for models
             that see it as one.
+        windows: how an image at its own resolution is cut up; ``None`` where it is scaled to ``image_size``.
     """
 
     image_size: int
@@ -108,6 +141,17 @@ class VisualDims:
     vision_width: int
     llm_width: int
     most_tiles: int = 1
+    windows: WindowDims | None = None
+
+    @property
+    def has_one_size(self) -> bool:
+        """Whether every image has the same visual tokens."""
+        return self.most_tiles == 1 and self.windows is None
+
+    @property
+    def least_patches(self) -> int:
+        """Visual tokens that every image has at least."""
+        return 1 if self.windows else self.num_patches // self.most_tiles
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -117,6 +161,8 @@ class VisualDims:
 
     def describe_pictures(self) -> str:
         """Return size and visual tokens of an image, for people."""
+        if self.windows is not None:
+            return f"images at their own resolution, up to {self.num_patches} visual tokens"
         if self.most_tiles == 1:
             return f"{self.image_size} px, {self.num_patches} visual tokens"
         return f"up to {self.most_tiles} pictures of {self.image_size} px, up to {self.num_patches} visual tokens"
@@ -182,8 +228,16 @@ def _with_dims(dims: VisualDims, inputs: tuple[TensorSpec, ...], outputs: tuple[
 
 
 def _pictures(dims: VisualDims) -> tuple[TensorSpec, ...]:
-    """Pixels, and for images in tiles which patches of them, in which order, are the visual tokens of each image."""
-    side = dims.image_size
+    """Pixels, and for images that differ in size which patches, in which order, are the visual tokens of each image."""
+    side, windows = dims.image_size, dims.windows
+    if windows is not None:
+        rows = ("batch", "windows", windows.window_patches)
+        return (
+            TensorSpec("pixel_values", "float32", (*rows, windows.patch_values)),
+            TensorSpec("patch_positions", "int64", (*rows, 2)),
+            TensorSpec("patch_mask", "bool", rows),
+            TensorSpec("layout", "int64", ("batch", "visual")),
+        )
     if dims.most_tiles == 1:
         return (TensorSpec("pixel_values", "float32", ("batch", 3, side, side)),)
     return (
@@ -218,13 +272,23 @@ def _kept(dims: VisualDims, precision: Precision) -> tuple[TensorSpec, ...]:
 
 
 def _visual(dims: VisualDims) -> int | str:
-    return dims.num_patches if dims.most_tiles == 1 else "visual"
+    return dims.num_patches if dims.has_one_size else "visual"
 
 
 def _dynamic(dims: VisualDims) -> tuple[DynamicDim, ...]:
     n, text = dims.num_patches, DynamicDim("text", 1, 64, 512)
-    if dims.most_tiles == 1:
+    if dims.has_one_size:
         return DynamicDim("batch", 1, 1, 8), text, DynamicDim("budget", 1, min(128, n), n)
+    if dims.windows is not None:
+        # Optimised for a photograph of about a megapixel; long and thin images have windows that are partly empty.
+        usual, whole = min(1024, n), dims.windows.window_tokens
+        return (
+            DynamicDim("batch", 1, 1, 2),
+            DynamicDim("windows", 1, max(1, usual // whole), max(2, 2 * n // whole)),
+            DynamicDim("visual", 4, usual, n),
+            text,
+            DynamicDim("budget", 1, max(1, usual * 2 // 9), n),
+        )
     # Each image has its overview; the paper's 640 of 2,880 tokens are as many per tile as 128 of 576.
     return (
         DynamicDim("tiles", 2, dims.most_tiles, 2 * dims.most_tiles),

@@ -6,7 +6,7 @@ rows of the embedding table, which calibration can do with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from flashvlm_export.runtime.layout import ImageLayout, one_picture, overview_an
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
 from flashvlm_export.specs import Array, Precision
+from flashvlm_export.windows import in_windows
 
 # Tokens of a prompt that is made up: as many as a templated question of a dozen words has.
 _RANDOM_TEXT = 24
@@ -28,21 +29,38 @@ _RANDOM_TEXT = 24
 
 @dataclass(frozen=True, eq=False)
 class PreparedImage:
-    """An image ready for the encoder: float32 ``pixels [pictures, 3, H, W]``, and the layout of its visual tokens."""
+    """An image ready for the encoder.
 
-    pixels: Array
+    Attributes:
+        inputs: by name of the graph's input, arrays that begin with the image's pictures, or its windows.
+        layout: of its visual tokens.
+        part_tokens: visual tokens that the encoder makes of a picture or a window; 0 where an image is one picture,
+            whose tokens need no layout.
+    """
+
+    inputs: Mapping[str, Array]
     layout: ImageLayout
+    part_tokens: int = 0
 
 
 def encoder_feeds(images: Sequence[PreparedImage]) -> dict[str, Array]:
     """Return what the encoder takes; ``images`` have as many visual tokens each."""
-    pixels = np.concatenate([image.pixels for image in images])
-    if len(images[0].layout.grids) == 1:
-        return {"pixel_values": pixels}
-    patches = images[0].layout.grids[0][0] * images[0].layout.grids[0][1]
-    pictures_before = np.cumsum([0, *(len(image.pixels) for image in images[:-1])])
-    layout = np.stack([image.layout.order for image in images]) + pictures_before[:, None] * patches
-    return {"pixel_values": pixels, "layout": layout}
+    arrays = {name: [image.inputs[name] for image in images] for name in images[0].inputs}
+    parts = [len(array) for array in arrays["pixel_values"]]
+    if "patch_mask" in arrays:  # windows stay with their image: filled up to the same number
+        feeds = {name: np.stack([_filled(array, max(parts)) for array in each]) for name, each in arrays.items()}
+        before = np.arange(len(images)) * max(parts)
+    else:
+        feeds = {name: np.concatenate(each) for name, each in arrays.items()}
+        before = np.cumsum([0, *parts[:-1]])
+    if images[0].part_tokens:
+        orders = np.stack([image.layout.order for image in images])
+        feeds["layout"] = orders + before[:, None] * images[0].part_tokens
+    return feeds
+
+
+def _filled(array: Array, count: int) -> Array:
+    return np.pad(array, ((0, count - len(array)), *((0, 0),) * (array.ndim - 1)))
 
 
 def visual_feeds(images: Sequence[PreparedImage], guides: Sequence[Rows], budget: int) -> dict[str, Array]:
@@ -119,7 +137,13 @@ class GraphInputs:
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Return a picture of mode ``RGB`` ready for the encoder; raises as :class:`ImagePreprocessor` does."""
-        grid = self._dims.grid
-        tiled = self._dims.most_tiles > 1
-        layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), grid) if tiled else one_picture(grid)
-        return PreparedImage(self.preprocess([image]), layout)
+        dims, pixels = self._dims, self.preprocess([image])
+        if dims.windows is not None:
+            cut = in_windows(pixels[0], dims.windows)
+            inputs = {"pixel_values": cut.patches, "patch_positions": cut.positions, "patch_mask": cut.mask}
+            return PreparedImage(inputs, ImageLayout(cut.order, (cut.grid,)), dims.windows.window_tokens)
+        inputs = {"pixel_values": pixels}
+        if dims.most_tiles == 1:
+            return PreparedImage(inputs, one_picture(dims.grid))
+        layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), dims.grid)
+        return PreparedImage(inputs, layout, dims.grid[0] * dims.grid[1])

@@ -22,11 +22,11 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
-from flashvlm_export.runtime.embeddings import pad_text, splice, splice_positions
+from flashvlm_export.runtime.embeddings import pad_text, splice, splice_axes, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, PreparedImage, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, content_key, load_image
-from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams
+from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams, counted_positions
 from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
 from flashvlm_export.runtime.request import Answer, PrunedPrompt, Pruning, Request, SelectedImage
@@ -120,6 +120,13 @@ class Pipeline:
             if self.llm is not None:
                 self.llm.open()
                 require_same_model(self.llm, self.bundle.manifest, self.embeddings)
+                if self.llm.limits.position_axes != self.bundle.manifest.position_axes:
+                    raise LLMError(
+                        f"the engine '{self.llm.name}' has other positions than this model",
+                        received=f"{self.llm.limits.position_axes} number(s) for each token",
+                        expected=f"{self.bundle.manifest.position_axes}",
+                        hint="answer with the bundle's decoder, or with transformers",
+                    )
         except BaseException:
             self.close()
             raise
@@ -147,7 +154,7 @@ class Pipeline:
         *,
         budget: int | None = None,
         text_span: TextSpan = "prompt",
-        positions: Positions = "contiguous",
+        positions: Positions | None = None,
         selector: str | None = None,
     ) -> list[PrunedPrompt]:
         """Return one pruned prompt per request; all images go through the graph together.
@@ -190,13 +197,14 @@ class Pipeline:
             images = [image if isinstance(image, SelectedImage) else next(found) for image in request.all_images]
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
             embeds = splice(text_rows, prompt.image_positions, [image.rows for image in images])
-            where = np.arange(len(embeds), dtype=np.int64)
-            if pruning.positions == "original":
-                places, lengths = [image.places for image in images], [image.layout.length for image in images]
-                where = splice_positions(len(text_rows), prompt.image_positions, places, lengths)
+            where = prompt_positions(prompt, images, self.bundle.manifest.position_axes, pruning.positions)
             spliced.append((embeds, where, prompt, images))
         clock.lap("splice")
         return [PrunedPrompt(*parts, dict(clock.laps_ms)) for parts in spliced]
+
+    def _keeps_positions(self, pruning: Pruning) -> bool:
+        """Whether kept tokens stay where they stood."""
+        return _keeps_positions(pruning.positions, self.bundle.manifest.position_axes)
 
     def _check_pruning(self, pruning: Pruning) -> int:
         """Return the budget; raise where the graph has no such selector or not so many tokens."""
@@ -215,12 +223,16 @@ class Pipeline:
         if self.llm is None:
             return
         images, most = request.all_images, self.llm.limits.max_positions - 1
-        gaps = pruning.positions == "original"
+        gaps, manifest = self._keeps_positions(pruning), self.bundle.manifest
         known = [image for image in images if isinstance(image, SelectedImage)]
-        chosen = [image.layout.length if gaps else len(image.rows) for image in known]
+        # With three axes an image takes as many positions as its longer side has tokens.
+        unpruned = [
+            max(image.layout.grids[0]) if manifest.position_axes > 1 else image.layout.length for image in known
+        ]
+        chosen = unpruned if gaps else [len(image.rows) for image in known]
         text, open_images = len(prompt.token_ids) - len(images), len(images) - len(chosen)
-        # Of an image in tiles, how many it has shows when it is opened: at least those of its overview.
-        least = self.visual_tokens // self.bundle.manifest.dims.most_tiles
+        # Where images differ, how many tokens one has shows when it is opened.
+        least = 1 if gaps and manifest.position_axes > 1 else manifest.dims.least_patches
         length = text + sum(chosen) + (least if gaps else min(budget, least)) * open_images
         if length <= most:
             return
@@ -400,7 +412,7 @@ class Pipeline:
 
         Args:
             inputs_embeds: floating point ``[S, D]``.
-            positions: int64 ``[S]``.
+            positions: int64 ``[S]``, or ``[S, 3]``.
             params: how to choose tokens; greedy without.
             stop_token_ids: ids that end the answer; ``None`` for the bundle's.
 
@@ -450,6 +462,31 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def prompt_positions(
+    prompt: TokenizedPrompt, images: Sequence[SelectedImage], axes: int, positions: Positions | None
+) -> Array:
+    """Return where each row of a spliced prompt stands: int64 ``[S]``, or ``[S, 3]`` where positions have three axes.
+
+    Args:
+        prompt: before splicing.
+        images: what is left of each of its images.
+        axes: numbers of a position.
+        positions: see :class:`Pruning`.
+    """
+    length, placeholders = len(prompt.token_ids), prompt.image_positions
+    if not _keeps_positions(positions, axes):
+        return counted_positions(length - len(images) + sum(len(image.rows) for image in images), axes)
+    if axes > 1:
+        grids = [image.layout.grids[0] for image in images]
+        return splice_axes(length, placeholders, [image.indices for image in images], grids)
+    lengths = [image.layout.length for image in images]
+    return splice_positions(length, placeholders, [image.places for image in images], lengths)
+
+
+def _keeps_positions(positions: Positions | None, axes: int) -> bool:
+    return axes > 1 if positions is None else positions == "original"
 
 
 @dataclass(frozen=True)

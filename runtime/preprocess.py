@@ -8,6 +8,7 @@ first, and the 8-bit rounding in between makes single levels differ.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from flashvlm_export.runtime.images import LIMIT_PIXELS
 from flashvlm_export.runtime.layout import Size, choose_resolution, fitted
 
 Pixels = npt.NDArray[np.uint8]
+_LONGEST = 200
 
 
 class ImagePreprocessor:
@@ -36,7 +38,8 @@ class ImagePreprocessor:
     def __call__(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
         """Return ``pixel_values``: float32 ``[pictures, 3, H, W]``, C-contiguous, owned by the caller.
 
-        A picture for each image; or for each its overview and then its tiles, line by line.
+        A picture for each image; or for each its overview and then its tiles, line by line. Of images that keep their
+        own resolution one alone, or several that come to the same.
 
         Args:
             images: of mode ``RGB``, as :func:`flashvlm_export.runtime.images.load_image` returns them.
@@ -45,7 +48,7 @@ class ImagePreprocessor:
             ImageError: if an image is not RGB, or so long and thin that its resized form would not fit in memory.
         """
         pictures = [picture for image in images for picture in self._pictures(image)]
-        batch = np.empty((len(pictures), 3, *self.settings.output_size), np.float32)
+        batch = np.empty((len(pictures), 3, *pictures[0].shape[:2]), np.float32)
         for pixels, rows in zip(pictures, batch, strict=True):
             for channel in range(3):
                 # mode="clip" spares the bounds check: an 8-bit level cannot leave a table of 256.
@@ -53,8 +56,9 @@ class ImagePreprocessor:
         return batch
 
     def view(self, image: Image.Image) -> Image.Image:
-        """Return what the encoder sees of ``image``, 8-bit RGB: resized and cropped, or as it is where in tiles."""
-        return image if self.settings.resolutions else Image.fromarray(next(self._pictures(image)))
+        """Return what the encoder sees of ``image``, 8-bit RGB: resized and cropped, or as it is where all is seen."""
+        whole = self.settings.resolutions or self.settings.pixel_range
+        return image if whole else Image.fromarray(next(self._pictures(image)))
 
     def tiles(self, size: Size) -> Size:
         """Return rows and columns of tiles, besides the overview, of an image of ``size`` (width, height)."""
@@ -96,6 +100,8 @@ class ImagePreprocessor:
 
     def _resized_size(self, image: Image.Image) -> tuple[int, int]:
         settings = self.settings
+        if settings.pixel_range is not None:
+            return within_pixels(image.size, *settings.pixel_range)
         if settings.resize is not None:
             return settings.resize[1], settings.resize[0]
         if settings.shortest_edge is None:
@@ -110,6 +116,32 @@ class ImagePreprocessor:
                 hint="crop it to the part that matters",
             )
         return (new_short, new_long) if image.width <= image.height else (new_long, new_short)
+
+
+def within_pixels(size: Size, multiple: int, least: int, most: int) -> Size:
+    """Return the (width, height) nearest to ``size``, multiples of ``multiple``, with ``least`` to ``most`` pixels.
+
+    As transformers' ``smart_resize`` of Qwen2-VL.
+
+    Raises:
+        ImageError: if one side is more than 200 times the other.
+    """
+    width, height = size
+    if max(size) > _LONGEST * min(size):
+        raise ImageError(
+            "the image is too long and thin",
+            received=f"{width} x {height} pixels",
+            expected=f"one side at most {_LONGEST} times the other",
+            hint="crop it to the part that matters",
+        )
+    sides = [round(side / multiple) * multiple for side in size]
+    if sides[0] * sides[1] > most:
+        scale = math.sqrt((width * height) / most)
+        sides = [max(multiple, math.floor(side / scale / multiple) * multiple) for side in size]
+    elif sides[0] * sides[1] < least:
+        scale = math.sqrt(least / (width * height))
+        sides = [math.ceil(side * scale / multiple) * multiple for side in size]
+    return sides[0], sides[1]
 
 
 def _level_table(settings: PreprocessorSettings) -> npt.NDArray[np.float32]:

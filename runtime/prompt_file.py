@@ -5,7 +5,8 @@ Tensors, all of one prompt of ``S`` positions:
 =================  ==============  ==========================================================================
 ``inputs_embeds``  float32 [S, D]  rows for prefill: text, and the kept visual tokens in place of each image
 ``token_ids``      int64 [S]       ids of the text; the image placeholder's id where a visual token stands
-``positions``      int64 [S]       where each row stands, ascending; without gaps, or with those of pruned tokens
+``positions``      int64 [S]       where each row stands, ascending; without gaps, or with those of pruned tokens; or
+                   int64 [S, 3]    time, row and column of each row, for models whose positions have three axes
 ``kept_N``         int64 [K]       of image N from 0: which visual tokens were kept, ascending
 ``scores_N``       float32 [n]     of image N: score of every visual token
 =================  ==============  ==========================================================================
@@ -30,6 +31,7 @@ from flashvlm_export.errors import BundleError, PromptError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.manifest import Selection, Source
 from flashvlm_export.records import decode_record, encode_record
+from flashvlm_export.runtime.llm.base import counted_positions
 from flashvlm_export.runtime.request import PrunedPrompt
 from flashvlm_export.specs import Array
 
@@ -84,7 +86,8 @@ class PromptFile:
     @property
     def has_gaps(self) -> bool:
         """Whether visual tokens stand where they stood before others were pruned."""
-        return bool(len(self.positions) and self.positions[-1] >= len(self.positions))
+        counted = counted_positions(len(self.positions), self.positions.shape[-1] if self.positions.ndim > 1 else 1)
+        return not np.array_equal(self.positions, counted)
 
 
 def write_prompt(
@@ -149,6 +152,8 @@ def read_prompt(path: Path) -> PromptFile:
             wanted = {"inputs_embeds": ("F32", 2), "token_ids": ("I64", 1), "positions": ("I64", 1)}
             wanted |= {f"kept_{number}": ("I64", 1) for number in images}
             wanted |= {f"scores_{number}": ("F32", 1) for number in images}
+            axes = len(opened.get_slice("positions").get_shape()) if "positions" in opened.keys() else 1  # noqa: SIM118  # safe_open has keys() and no iteration
+            wanted["positions"] = ("I64", min(axes, 2))
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # safe_open has keys() and no iteration
             have = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
             if have != wanted:

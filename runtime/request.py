@@ -94,7 +94,8 @@ class Pruning:
             alone.
         positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
             prompt is shorter also for rotary embedding; ``original`` leaves every row where it stood, so that the
-            model still knows from where in the image a token comes.
+            model still knows from where in the image a token comes; ``None`` is contiguous, but original where
+            positions have three axes (Qwen2.5-VL), as the authors do there.
         selector: one of those that the pipeline was opened with; ``None`` for the first.
 
     Raises:
@@ -103,11 +104,11 @@ class Pruning:
 
     budget: int | None = None
     text_span: TextSpan = "prompt"
-    positions: Positions = "contiguous"
+    positions: Positions | None = None
     selector: str | None = None
 
     def __post_init__(self) -> None:
-        if self.positions not in get_args(Positions):
+        if self.positions not in (None, *get_args(Positions)):
             raise ConfigError("unknown positions", received=repr(self.positions), expected="contiguous or original")
 
 
@@ -117,7 +118,7 @@ class PrunedPrompt:
 
     Attributes:
         inputs_embeds: float32 ``[S, D]``: text rows with the visual tokens in place of each placeholder.
-        positions: int64 ``[S]``: where each row stands for the language model.
+        positions: int64 ``[S]``, or ``[S, 3]`` with three axes: where each row stands for the language model.
         prompt: the prompt before splicing.
         images: what is left of each image.
         stage_ms: milliseconds of each stage; a batch's shared stages are given in full to each of its prompts.

@@ -32,8 +32,8 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--positions",
         choices=("contiguous", "original"),
-        default="contiguous",
-        help="of kept visual tokens in the language model: without gaps, as the authors do, or where they stood",
+        help="of kept visual tokens in the language model: without gaps, or where they stood (default: contiguous, but "
+        "original for models whose positions have three axes, as the authors do)",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "fp16", "int8"), help="visual graph (default: the bundle's first)"

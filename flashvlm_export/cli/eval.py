@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     budgets = parse_budgets(args.budgets, visual_tokens)
     whole = read_dataset(args.data)
     data = _chosen(whole, args)
+    args.positions = args.positions or ("contiguous" if bundle.manifest.position_axes == 1 else "original")
     pipeline = pipeline_from(args, bundle)
     _check_room(args, bundle, budgets)
     chosen = selectors_from(args, bundle)

@@ -151,7 +151,7 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     visual = ("image", "prompt", "system", "raw_prompt", "budget", "selector", "engine", "heatmap", "visual_only")
     given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False)]
     given += ["--text-span"] if args.text_span != "prompt" else []
-    given += ["--positions"] if args.positions != "contiguous" else []
+    given += ["--positions"] if args.positions is not None else []
     if given:
         raise UsageError(
             "a pruned prompt has its images and question inside, and its visual tokens are chosen",

@@ -30,6 +30,9 @@ class Adapter(ABC):
         dims: sizes of the visual side.
         image_token_id: id of the image placeholder.
         newline_key: canonical name of the embedding ``[D]`` that ends each line of tiles, if there is one.
+        selection_defaults: settings that selectors which have them take for this family, if nothing else is said.
+        text_config: of the language model, as its causal LM's class takes it.
+        position_sections: rotary frequencies that turn by time, row and column, where positions have three axes.
     """
 
     family: ClassVar[str]
@@ -37,6 +40,9 @@ class Adapter(ABC):
     dims: VisualDims
     image_token_id: int
     newline_key: ClassVar[str | None] = None
+    selection_defaults: ClassVar[Mapping[str, Any]] = {}
+    text_config: Any
+    position_sections: tuple[int, ...] = ()
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -78,7 +84,7 @@ class Adapter(ABC):
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
-        size: int = self.config.text_config.vocab_size
+        size: int = self.text_config.vocab_size
         return size
 
     def inputs(self, precision: Precision, *, batch: int, text: int, budget: int, seed: int = 0) -> GraphInputs:
@@ -105,13 +111,9 @@ class Adapter(ABC):
         """Visual tokens of an image of :meth:`inputs`."""
         return self.dims.num_patches
 
-    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """Return what the graph takes of ``batch`` random images."""
-        return (structured(self.noise(batch)),)
-
     @abstractmethod
-    def noise(self, batch: int) -> Tensor:
-        """Return uniform noise in 0..1 of the shape of ``pixel_values``, from torch's global generator."""
+    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Return what the graph takes of ``batch`` random images, from torch's global generator."""
 
 
 def structured(noise: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ class LlavaAdapter(Adapter):
             llm_width=self._normalized.hidden_size,
         )
         self.image_token_id = self.config.image_token_index
+        self.text_config = self.config.text_config
 
     def encoder(self, *, needs_saliency: bool) -> nn.Module:
         """Return :class:`LlavaEncoder` on the meta device."""
@@ -84,11 +85,10 @@ class LlavaAdapter(Adapter):
         size = self.dims.image_size
         return {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
 
-    def noise(self, batch: int) -> Tensor:
-        """Return what optimum's generator makes for this vision tower."""
+    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Return pictures made of what optimum's generator gives for this vision tower."""
         generator: Any = DummyVisionInputGenerator("image-text-to-text", self._normalized, batch_size=batch)
-        noise: Tensor = generator.generate("pixel_values", framework="pt")
-        return noise
+        return (structured(generator.generate("pixel_values", framework="pt")),)
 
     @staticmethod
     def canonical(key: str) -> str:
@@ -144,7 +144,7 @@ class LlavaNextAdapter(LlavaAdapter):
         border = columns if rows > 2 else 0
         one = torch.cat([torch.arange(rows * columns), torch.arange(rows * columns + border, 2 * rows * columns)])
         first = 2 * rows * columns * torch.arange(batch)
-        return structured(self.noise(2 * batch)), first[:, None] + one[: self.sample_patches]
+        return *super().vision_inputs(2 * batch), first[:, None] + one[: self.sample_patches]
 
     def _tiles(self, height: int, width: int) -> tuple[int, int]:
         return height // self.dims.image_size, width // self.dims.image_size

@@ -124,6 +124,7 @@ MODELS: dict[str, ModelEntry] = {
 FAMILIES: dict[str, str] = {
     "llava": "flashvlm_export.models.llava:LlavaAdapter",
     "llava_next": "flashvlm_export.models.llava:LlavaNextAdapter",
+    "qwen2_5_vl": "flashvlm_export.models.qwen2_5_vl:Qwen25VLAdapter",
 }
 
 

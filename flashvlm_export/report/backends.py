@@ -148,7 +148,8 @@ def make_pytorch(
     from flashvlm_export.runtime.embeddings import splice
     from flashvlm_export.runtime.graph_inputs import GraphInputs, visual_feeds
     from flashvlm_export.runtime.images import load_image
-    from flashvlm_export.runtime.pipeline import Clock
+    from flashvlm_export.runtime.pipeline import Clock, prompt_positions
+    from flashvlm_export.runtime.request import SelectedImage
     from flashvlm_export.selection import get_selector
 
     torch.set_num_threads(threads)
@@ -174,21 +175,24 @@ def make_pytorch(
         prepared = inputs.prepare(loaded)
         feeds = visual_feeds([prepared], [rows], min(budget, prepared.layout.num_tokens))
         clock.lap("preprocess")
-        features, saliency, tokens = reference.encode(feeds["pixel_values"], loaded.size)
+        features, saliency, tokens = reference.encode_image(loaded, feeds["pixel_values"])
         clock.lap("vision")
         given = (features, saliency, tokens, feeds["text_embeds"], feeds["text_mask"], feeds["budget"])
         marked, scores = select(*map(torch.from_numpy, given))
         indices = np.flatnonzero(marked[0].numpy())
         clock.lap("selection")
         kept = tokens[0][indices]
-        inserted, _ = prepared.layout.spread(indices, kept, inputs.newline)
-        spliced = splice(inputs.embeddings.lookup(prompt.token_ids, np.float32), prompt.image_positions, [inserted])
+        rows_and_places = prepared.layout.spread(indices, kept, inputs.newline)
+        selected = SelectedImage(*rows_and_places, indices, scores[0].numpy(), prepared.layout)
+        text = inputs.embeddings.lookup(prompt.token_ids, np.float32)
+        spliced = splice(text, prompt.image_positions, [selected.rows])
+        positions = prompt_positions(prompt, [selected], manifest.position_axes, None)
         clock.lap("splice")
         visual = Run(Timing(clock.laps_ms), kept, features[0], indices, scores[0].numpy())
         if manifest.decoder is None:
             return visual
         ids: list[int] = []
-        for token in reference.stream(spliced, max_tokens):
+        for token in reference.stream(spliced, positions, max_tokens):
             clock.lap("decode" if ids else "prefill")
             ids.append(token)
             if token in ends:

@@ -40,8 +40,8 @@ class FlashVLMConfig(_Settings):
         damping: factor on relevance below the quantile.
         important_ratio: share of the budget given to the best scores, ``0..1``; the rest goes to diversity.
         merge_step: tokens dropped per round of ``bipartite``.
-        weigh_text: whether a text token counts by the length of its embedding, relative to the longest of the prompt: on
-            in the authors' variant for Qwen2.5-VL.
+        weigh_text: whether a text token counts by the length of its embedding, relative to the longest of the prompt,
+            as in the authors' variant for Qwen2.5-VL.
 
     Raises:
         ConfigError: if a value is outside its range.

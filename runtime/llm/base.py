@@ -94,12 +94,14 @@ class Limits:
         max_positions: of prompt and answer together.
         vocab_size: token ids it may hand out.
         eos_token_ids: ids that end an answer by its own account; empty if it does not say.
+        position_axes: numbers of a position: 1, or 3 for time, row and column (M-RoPE).
     """
 
     width: int
     max_positions: int
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    position_axes: int = 1
 
 
 @dataclass(frozen=True)
@@ -226,17 +228,17 @@ class LLMEngine(ABC):
             inputs_embeds: floating point ``[S, D]``: the prompt, text and visual tokens; not changed.
             params: how to choose tokens.
             stop_token_ids: ids that end the answer; they are not handed out.
-            positions: int64 ``[S]``, ascending: where each row stands; the answer goes on behind the last one.
-                ``None`` counts up from 0.
+            positions: int64 ``[S]``, ascending, or ``[S, 3]`` with three axes: where each row stands; the answer goes
+                on behind the largest. ``None`` counts up from 0.
 
         Raises:
             LLMError: here, if the engine is closed or cannot take these positions, or the prompt is empty, too wide or
                 narrow, too long or not finite; from the stream, if as many as can be are being read, or the model
                 fails.
         """
-        counted = np.arange(len(inputs_embeds), dtype=np.int64)
-        positions = counted if positions is None else positions
         self._check_prompt(inputs_embeds)
+        counted = counted_positions(len(inputs_embeds), self.limits.position_axes)
+        positions = counted if positions is None else positions
         self._check_positions(positions, counted, params)
         stream = self._stream(Generation(inputs_embeds, positions, params, frozenset(stop_token_ids)))
         self._streams.add(stream)
@@ -345,11 +347,11 @@ class LLMEngine(ABC):
             raise LLMError(
                 "these are not the positions of the prompt",
                 received=f"{positions.dtype}{list(positions.shape)}",
-                expected=f"int64{list(counted.shape)}, ascending, 0 or more",
+                expected=f"int64{list(counted.shape)}, {'ascending, ' if counted.ndim == 1 else ''}0 or more",
             )
         if not np.array_equal(positions, counted):
             self.require_gaps()
-        end, most = int(positions[-1]) + 1, self.limits.max_positions
+        end, most = int(positions.max()) + 1, self.limits.max_positions
         if end + params.max_new_tokens > most:
             room = most - params.max_new_tokens
             shorter = "shorten the question" if end > len(counted) else "keep fewer visual tokens (a smaller budget)"
@@ -372,8 +374,15 @@ class LLMEngine(ABC):
         self.close()
 
 
+def counted_positions(count: int, axes: int) -> Array:
+    """Return int64 ``[count]`` from 0, or ``[count, axes]`` with all axes alike."""
+    counted = np.arange(count, dtype=np.int64)
+    return counted if axes == 1 else np.repeat(counted[:, None], axes, axis=1)
+
+
 def _ascending_from_0(positions: Array) -> bool:
-    return bool(positions[0] >= 0 and (np.diff(positions) > 0).all())
+    """Whether positions of one axis ascend; those of more may turn back at the end of each line of an image."""
+    return bool(positions.min() >= 0 and (positions.ndim > 1 or (np.diff(positions) > 0).all()))
 
 
 def common_prefix(left: Array, right: Array) -> int:

@@ -21,7 +21,7 @@ class Answer:
     Attributes:
         generation: what was asked.
         slot: its part of the engine's KV cache.
-        rows, places: what that holds, in pieces: embeddings ``[n, D]`` and their positions ``[n]``; first the prompt.
+        rows, places: what that holds, in pieces: embeddings ``[n, D]``, positions ``[n, …]``; first the prompt.
         past: how many rows these are.
         token: chosen last, and not in the cache yet.
         new_tokens: chosen so far.
@@ -40,7 +40,7 @@ class Answer:
     @property
     def place(self) -> int:
         """Position of ``token``."""
-        return int(self.places[-1][-1]) + 1
+        return int(self.places[-1].max()) + 1
 
     @property
     def waits(self) -> bool:
@@ -105,6 +105,6 @@ class BatchingLLM(LLMEngine):
         for number, answer in enumerate(waiting):
             answer.logits = logits[number]
             answer.rows.append(rows[number : number + 1])
-            answer.places.append(np.array([answer.place], np.int64))
+            answer.places.append(np.full_like(answer.places[0][:1], answer.place))
             answer.past += 1
             answer.generation.elsewhere_ms += spent_ms if answer is not asked else 0

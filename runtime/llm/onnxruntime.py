@@ -114,7 +114,7 @@ class OnnxRuntimeLLM(BatchingLLM):
         self._session = session
         self._dtype = _DTYPES[inputs["inputs_embeds"].type]
         width, vocab_size = inputs["inputs_embeds"].shape[-1], session.get_outputs()[0].shape[-1]
-        return Limits(width, self.entry.max_positions, vocab_size)
+        return Limits(width, self.entry.max_positions, vocab_size, position_axes=self.entry.position_axes)
 
     def _close(self) -> None:
         self._session = self._cache = None
@@ -130,7 +130,8 @@ class OnnxRuntimeLLM(BatchingLLM):
         # Between them, a free slot has one row, which nobody reads; an answer that does not wait has one at its next
         # place, which its next token is written over.
         given = np.zeros((count, 1, rows.shape[1]), rows.dtype)
-        places, lengths = np.zeros((count, 1), np.int64), np.ones(count, np.int64)
+        axes = answers[0].places[0].shape[1:]
+        places, lengths = np.zeros((count, 1, *axes), np.int64), np.ones(count, np.int64)
         for slot, other in self._answers.items():
             if 0 <= slot - first < count:
                 places[slot - first], lengths[slot - first] = other.place, other.past + 1
@@ -167,7 +168,7 @@ class OnnxRuntimeLLM(BatchingLLM):
         return past
 
     def _run(self, first: int, rows: Array, positions: Array, lengths: Array) -> Array:
-        """Run ``rows [n, m, D]`` at ``positions [n, m]`` in the slots from ``first`` on.
+        """Run ``rows [n, m, D]`` at ``positions [n, m, …]`` in the slots from ``first`` on.
 
         They are the last of ``lengths [n]`` rows of each slot. Returns the last logits of each, ``[n, vocab]``.
         """
@@ -176,7 +177,7 @@ class OnnxRuntimeLLM(BatchingLLM):
         given = self._as_input(rows)
         binding.bind_cpu_input("inputs_embeds", given)
         binding.bind_cpu_input("attention_mask", mask)
-        binding.bind_cpu_input("position_ids", positions)
+        binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
         # Bound anew each time: ONNX Runtime would otherwise reuse the last buffer, which may have another length.
         binding.bind_output("logits", "cpu")
         try:

@@ -68,7 +68,8 @@ class TransformersLLM(CheckpointLLM):
             ) from error
         text = config.get_text_config()
         rows, width = self._model.get_input_embeddings().weight.shape
-        return Limits(width, text.max_position_embeddings, rows, token_ids(text.eos_token_id))
+        axes = len((getattr(text, "rope_parameters", None) or {}).get("mrope_section", [0]))
+        return Limits(width, text.max_position_embeddings, rows, token_ids(text.eos_token_id), axes)
 
     def _close(self) -> None:
         self._model = None
@@ -89,13 +90,15 @@ class TransformersLLM(CheckpointLLM):
         cache, total = None, 0
         while True:
             total += len(positions)
-            logits, cache = self._step(given, torch.from_numpy(positions)[None], cache, total)
+            placed = torch.from_numpy(positions)[None]  # [1, n], or as transformers has several axes [3, 1, n]
+            placed = placed if positions.ndim == 1 else placed.permute(2, 0, 1)
+            logits, cache = self._step(given, placed, cache, total)
             token = sampler(logits)
             yield token
-            given, positions = {"input_ids": torch.tensor([[token]])}, positions[-1:] + 1
+            given, positions = {"input_ids": torch.tensor([[token]])}, np.full_like(positions[-1:], positions.max() + 1)
 
     def _step(self, given: dict[str, Any], positions: Any, cache: Any, total: int) -> tuple[Array, Any]:
-        """Run ``given`` at ``positions [1, n]`` behind ``cache``; return the last logits ``[vocab]`` and the cache."""
+        """Run ``given`` at ``positions [..., n]`` behind ``cache``; return the last logits ``[vocab]`` and a cache."""
         import torch
 
         # The mask says that a gap is none: without, transformers takes it for the start of another sequence.
@@ -110,7 +113,7 @@ class TransformersLLM(CheckpointLLM):
                 )
         except RuntimeError as error:  # what torch raises when memory ends, and otherwise
             raise LLMError(
-                f"transformers failed in the language model behind {total - positions.shape[1]} tokens",
+                f"transformers failed in the language model behind {total - positions.shape[-1]} tokens",
                 received=(str(error).splitlines() or [type(error).__name__])[0],
                 hint="keep fewer visual tokens (a smaller budget), or use a device with more memory",
             ) from error

@@ -94,7 +94,7 @@ def test_pixels_and_tokens_are_those_of_the_processor(
     image = picture(size)
     given = processor(images=[image], text="<image>", return_tensors="np")
     prepared = pipeline.inputs.prepare(image)
-    np.testing.assert_array_equal(prepared.pixels, given["pixel_values"][0])
+    np.testing.assert_array_equal(prepared.inputs["pixel_values"], given["pixel_values"][0])
     placeholders = int((given["input_ids"] == pipeline.bundle.manifest.prompt.image_token_id).sum())
     assert prepared.layout.length == placeholders
 
@@ -107,7 +107,7 @@ def test_layout_and_encoder_are_those_of_transformers(
     with Pipeline.open(bundle, precision="fp32", selectors=[], llm=None) as split:
         (encoded,) = split.session.encode([split.inputs.prepare(picture(size))])
     have = (encoded.patch_features, encoded.saliency, encoded.projected_tokens)
-    want = reference.encode(split.inputs.prepare(picture(size)).pixels, size)
+    want = reference.encode(split.inputs.prepare(picture(size)).inputs["pixel_values"], size)
     for array, expected in zip(have, want, strict=True):
         # float32 sums in another order; as in the checks of an export.
         np.testing.assert_allclose(array, expected[0], rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -155,7 +155,7 @@ def test_kept_tokens_are_those_of_the_reference(budget: int, pipeline: Pipeline,
         prompt = pipeline.encode([Request([image], question)], budget=budget)[0]
         rows = pipeline.embeddings.lookup(prompt.prompt.text_ids("prompt"))[None]
         mask = np.ones(rows.shape[:2], np.bool_)
-        pixels = pipeline.inputs.prepare(image).pixels
+        pixels = pipeline.inputs.prepare(image).inputs["pixel_values"]
         want = reference.visual(pixels, rows, mask, budget, config, image.size)
         same += np.array_equal(prompt.indices[0], want.indices[0])
     assert same >= len(PAIRS) - 1

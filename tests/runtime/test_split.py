@@ -54,7 +54,7 @@ def feeds_for(bundle: Bundle, precision: Precision, budget: int, batch: int = 3,
 
 
 def prepared(bundle: Bundle, pixels: Array) -> list[PreparedImage]:
-    return [PreparedImage(rows[None], one_picture(bundle.manifest.dims.grid)) for rows in pixels]
+    return [PreparedImage({"pixel_values": rows[None]}, one_picture(bundle.manifest.dims.grid)) for rows in pixels]
 
 
 @pytest.mark.parametrize("budget", [1, 5, 16])

@@ -149,9 +149,7 @@ def test_numpy_and_torch_return_every_golden_index_of_qwen(qwen: Golden) -> None
 
 
 @pytest.mark.parametrize("diversity", DIVERSITIES)
-def test_a_graph_of_any_size_returns_every_golden_index_of_qwen(
-    qwen: Golden, diversity: str, tmp_path: Path
-) -> None:
+def test_a_graph_of_any_size_returns_every_golden_index_of_qwen(qwen: Golden, diversity: str, tmp_path: Path) -> None:
     """One graph for 4 to 391 visual tokens: golden at its largest, the definition at others, with padded text."""
     config = FlashVLMConfig(diversity=diversity, weigh_text=True)
     graph = replay_graph(tmp_path, config, patches=391, width=64, llm_width=64, any_size=True)

@@ -1,0 +1,195 @@
+"""Qwen2.5-VL: images at their own resolution against transformers' own processor and model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.tiny_qwen import make_tiny_qwen
+from PIL import Image
+from test_parity_transformers import PAIRS, photograph
+
+from flashvlm_export.errors import ImageError, LLMError
+from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
+from flashvlm_export.export.reference import Qwen25VLReference, make_reference
+from flashvlm_export.runtime.images import load_image
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.request import Pruning, Request
+from flashvlm_export.selection import get_selector, select_tokens
+
+NEW_TOKENS = 24
+SIZES = [(640, 480), (480, 640), (140, 140), (1600, 400), (1, 1), (57, 56), (2000, 11), (28, 5600), (171, 333)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_qwen(tmp_path_factory.mktemp("qwen") / "tiny-qwen")
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Path:
+    settings = ExportSettings(
+        str(checkpoint), checkpoint.parent / "bundle", split=True, decoder="fp32", engine_check="off"
+    )
+    return bundle_from_checkpoint(settings).path
+
+
+@pytest.fixture(scope="module", params=["fused", "split"])
+def pipeline(bundle: Path, request: pytest.FixtureRequest) -> Iterator[Pipeline]:
+    with Pipeline.open(bundle, precision="fp32", selectors=[] if request.param == "split" else None) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> Qwen25VLReference:
+    found = make_reference(checkpoint)
+    assert isinstance(found, Qwen25VLReference)
+    return found
+
+
+def picture(size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def greedy(pipeline: Pipeline, prompt: Any) -> list[int]:
+    return pipeline.answer(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)).token_ids
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_are_those_of_the_processor(
+    size: tuple[int, int], pipeline: Pipeline, reference: Qwen25VLReference
+) -> None:
+    """Every patch of every window is one of the processor's, bit for bit, and in reading order they are all of them."""
+    image = picture(size)
+    given = reference.processor(image, return_tensors="np")
+    prepared = pipeline.inputs.prepare(image)
+    patches, mask = prepared.inputs["pixel_values"], prepared.inputs["patch_mask"]
+    units = patches.reshape(-1, 4, patches.shape[-1])[prepared.layout.order]
+    np.testing.assert_array_equal(units.reshape(-1, patches.shape[-1]), given["pixel_values"])
+    assert (1, *(2 * side for side in prepared.layout.grids[0])) == tuple(given["image_grid_thw"][0])
+    assert mask.sum() == len(given["pixel_values"])
+    assert not patches[~mask].any()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_and_saliency_are_those_of_transformers(
+    size: tuple[int, int], bundle: Path, reference: Qwen25VLReference
+) -> None:
+    """Windows of many shapes; the attention received in the last block as eager attention has it."""
+    with Pipeline.open(bundle, precision="fp32", selectors=[], llm=None) as split:
+        (encoded,) = split.session.encode([split.inputs.prepare(picture(size))])
+    have = (encoded.patch_features, encoded.saliency, encoded.projected_tokens)
+    want = reference.encode_image(picture(size), np.empty(0))
+    for array, expected in zip(have, want, strict=True):
+        # float32 sums in another order; as in the checks of an export.
+        np.testing.assert_allclose(array, expected[0], rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("name", "question"), PAIRS)
+def test_unpruned_answer_is_that_of_transformers(
+    name: str, question: str, pipeline: Pipeline, reference: Qwen25VLReference
+) -> None:
+    """From picture to tokens transformers does everything itself, positions of three axes too."""
+    image = load_image(photograph(name))
+    prompt = pipeline.encode([Request([image], question)], budget=pipeline.visual_tokens)[0]
+    assert prompt.visual_tokens_kept == prompt.visual_tokens_before
+    expected = reference.generate_unpruned_images(prompt.prompt.token_ids, [image], NEW_TOKENS)
+    assert expected
+    assert greedy(pipeline, prompt) == expected
+
+
+def test_several_images_of_different_shape(pipeline: Pipeline, reference: Qwen25VLReference) -> None:
+    images = [picture(size) for size in SIZES[:4]]
+    prompt = pipeline.encode([Request(images, "What do they have in common?")], budget=pipeline.visual_tokens)[0]
+    assert len({image.layout.num_tokens for image in prompt.images}) > 1
+    expected = reference.generate_unpruned_images(prompt.prompt.token_ids, images, NEW_TOKENS)
+    assert greedy(pipeline, prompt) == expected
+
+
+@pytest.mark.parametrize("positions", [None, "contiguous"])
+@pytest.mark.parametrize("budget", [1, 7, 20])
+@pytest.mark.parametrize(("name", "question"), PAIRS[:3])
+def test_pruned_answer_is_that_of_transformers_with_the_same_embeddings(
+    name: str, question: str, budget: int, positions: Any, pipeline: Pipeline, reference: Qwen25VLReference
+) -> None:
+    prompt = pipeline.encode([Request([photograph(name)], question)], budget=budget, positions=positions)[0]
+    assert prompt.visual_tokens_kept == budget
+    assert greedy(pipeline, prompt) == reference.generate(prompt.inputs_embeds, NEW_TOKENS, positions=prompt.positions)
+
+
+def test_kept_tokens_keep_their_positions(pipeline: Pipeline, reference: Qwen25VLReference) -> None:
+    """Against transformers' own positions of the whole prompt, without the tokens that were dropped."""
+    images = [picture((640, 480)), picture((200, 300))]
+    request = Request(images, "What do they have in common?")
+    whole = pipeline.encode([request], budget=pipeline.visual_tokens)[0]
+    pruned = pipeline.encode([request], budget=5)[0]
+    is_kept = np.ones(len(whole.inputs_embeds), np.bool_)
+    start = 0
+    for place, image, full in zip(pruned.prompt.image_positions, pruned.images, whole.images, strict=True):
+        first = place + start
+        is_kept[first : first + full.layout.num_tokens] = False
+        is_kept[first + image.indices] = True
+        start += full.layout.num_tokens - 1
+    given = reference.processor(images, return_tensors="pt")
+    import torch
+
+    repeats = np.ones(len(whole.prompt.token_ids), np.int64)
+    repeats[list(whole.prompt.image_positions)] = [image.layout.num_tokens for image in whole.images]
+    ids = torch.from_numpy(np.repeat(whole.prompt.token_ids, repeats))[None]
+    kinds = (ids == reference.model.config.image_token_id).int()
+    expected, _ = reference.model.model.get_rope_index(ids, kinds, image_grid_thw=given["image_grid_thw"])
+    np.testing.assert_array_equal(whole.positions, expected[:, 0].T.numpy())
+    np.testing.assert_array_equal(pruned.positions, whole.positions[is_kept])
+    np.testing.assert_array_equal(pruned.inputs_embeds, whole.inputs_embeds[is_kept])
+
+
+@pytest.mark.parametrize("budget", [1, 7, 20])
+def test_kept_tokens_are_those_of_the_reference(budget: int, pipeline: Pipeline, reference: Qwen25VLReference) -> None:
+    """Transformers' tokens and attention, and the NumPy definition; the bipartite step may see one tie otherwise."""
+    selection = pipeline.bundle.manifest.selection
+    config = get_selector(selection.selector).make_config(selection.config)
+    assert config.weigh_text
+    same = 0
+    for name, question in PAIRS:
+        image = load_image(photograph(name))
+        prompt = pipeline.encode([Request([image], question)], budget=budget)[0]
+        rows = pipeline.embeddings.lookup(prompt.prompt.text_ids("prompt"))[None]
+        seen = reference.encode_image(image, np.empty(0))
+        want = select_tokens(*seen, rows, np.ones(rows.shape[:2], np.bool_), budget, config)
+        same += np.array_equal(prompt.indices[0], want[0])
+    assert same >= len(PAIRS) - 1
+
+
+def test_batch_equals_one_by_one(pipeline: Pipeline) -> None:
+    """Images of one number of tokens but other windows go through the graph together, others in turn."""
+    sizes = [(140, 112), (112, 140), (140, 112), (640, 480), (280, 28)]
+    asked = [
+        (Request([picture(size)], question), Pruning(3)) for size, (_, question) in zip(sizes, PAIRS, strict=False)
+    ]
+    together = pipeline.encode_each(asked)
+    assert len({prompt.images[0].layout.num_tokens for prompt in together}) < len(sizes)
+    for one, prompt in zip(asked, together, strict=True):
+        alone = pipeline.encode_each([one])[0]
+        np.testing.assert_array_equal(prompt.indices[0], alone.indices[0])
+        # Other batch sizes let ONNX Runtime choose other kernels, which sum in another order.
+        np.testing.assert_allclose(prompt.inputs_embeds, alone.inputs_embeds, rtol=0, atol=1e-4)
+        assert greedy(pipeline, prompt) == greedy(pipeline, alone)
+
+
+def test_transformers_answers_the_same_prompt(bundle: Path, checkpoint: Path, pipeline: Pipeline) -> None:
+    prompt = pipeline.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
+    with Pipeline.open(bundle, llm=f"transformers:{checkpoint}") as other:
+        assert greedy(other, prompt) == greedy(pipeline, prompt)
+
+
+def test_bad_input_is_refused(bundle: Path, pipeline: Pipeline) -> None:
+    with pytest.raises(ImageError, match="too long and thin"):
+        pipeline.encode([Request([picture((2010, 10))], "What is this?")])
+    prompt = pipeline.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
+    with pytest.raises(LLMError, match="not the positions"):
+        pipeline.answer(prompt.__class__(**{**prompt.__dict__, "positions": prompt.positions[:, 0]}))
