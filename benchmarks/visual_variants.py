@@ -22,14 +22,14 @@ from transformers import CLIPVisionModel
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
-from flashvlm_export.export.processor_files import write_preprocessor
+from flashvlm_export.export.processor_files import read_preprocessor
 from flashvlm_export.export.text_model import write_text_embeddings
 from flashvlm_export.export.visual_graph import VisualGraph, build_visual_graph
 from flashvlm_export.manifest import PromptSettings
 from flashvlm_export.models import adapter_class
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.ort import ort_session
-from flashvlm_export.preprocessor import decode_preprocessor
+from flashvlm_export.progress import Progress
 from flashvlm_export.runtime.embeddings import TextEmbeddings
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
@@ -266,8 +266,7 @@ class FrontEnd:
     """What the runtime does before the graph, with files made on the spot: image, prompt, embedding table."""
 
     def __init__(self, adapter: Adapter, weights: WeightSource, directory: Path) -> None:
-        write_preprocessor(directory / "preprocessor.json", adapter, weights)
-        self.preprocess = ImagePreprocessor(decode_preprocessor((directory / "preprocessor.json").read_bytes()))
+        self.preprocess = ImagePreprocessor(read_preprocessor(adapter, weights, Progress()))
         table = directory / "text_embeddings.npy"
         if not table.is_file():
             say("writing the text embeddings")

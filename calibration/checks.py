@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from flashvlm_export.calibration.layers import PATCH_FEATURES, PROJECTED_TOKENS
+from flashvlm_export.calibration.layers import PATCH_FEATURES, PROJECTED_TOKENS, tokens_and_features
 from flashvlm_export.calibration.readings import Graph, Reading, load_structure
 from flashvlm_export.calibration.samples import Sample
 from flashvlm_export.errors import CalibrationError
@@ -172,7 +172,8 @@ def _require_float32(graph: onnx.GraphProto, selection: Sequence[onnx.NodeProto]
         if types.get(output) in (onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8)
     ]
     quantised = [node.name for node in (*selection, *inner) if node.op_type in _QDQ]
-    starts = [name for name in (PATCH_FEATURES, PROJECTED_TOKENS) if types.get(name) != onnx.TensorProto.FLOAT]
+    seen = dict.fromkeys(tokens_and_features(types))
+    starts = [name for name in seen if types.get(name) != onnx.TensorProto.FLOAT]
     if half or quantised or starts or not selection:
         raise CalibrationError(
             "selection is not float32 in the INT8 graph",

@@ -7,6 +7,7 @@ such a factor.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import onnx
@@ -50,6 +51,14 @@ class Layer:
         return sum(rows * columns for rows, columns in {p.weight: p.shape for p in self.products}.values())
 
 
+def tokens_and_features(names: Collection[str]) -> tuple[str, str]:
+    """Return what selection sees, by name, of a graph that has values called ``names``.
+
+    Twice the same in Qwen2.5-VL, whose visual tokens are patch features too.
+    """
+    return PROJECTED_TOKENS if PROJECTED_TOKENS in names else PATCH_FEATURES, PATCH_FEATURES
+
+
 def find_products(graph: onnx.GraphProto) -> list[Product]:
     """Return the products to quantise, in the order of the graph.
 
@@ -79,10 +88,11 @@ def find_products(graph: onnx.GraphProto) -> list[Product]:
 def find_layers(graph: onnx.GraphProto, products: list[Product], most: int) -> list[Layer]:
     """Put ``products`` together, at most ``most`` layers.
 
-    A LayerNormalization begins a sublayer (attention, or the feed-forward part); what follows the patch features is the
-    projector. With more sublayers than ``most``, neighbours are joined: by two, each is one transformer block.
+    A norm begins a sublayer (attention, or the feed-forward part); what follows the patch features is the projector.
+    With more sublayers than ``most``, neighbours are joined: by two, each is one transformer block.
     """
     producers = {output: node for node in graph.node for output in node.output}
+    constants = {tensor.name for tensor in graph.initializer}
     features = _origin(PATCH_FEATURES, producers)
     sublayers: list[list[Product]] = []
     projector: list[Product] = []
@@ -92,7 +102,7 @@ def find_layers(graph: onnx.GraphProto, products: list[Product], most: int) -> l
         node = producers.get(origin)
         if projector or origin == features:
             projector.append(product)
-        elif not sublayers or (node is not None and node.op_type == "LayerNormalization" and origin != root):
+        elif not sublayers or (node is not None and _is_norm(node, constants) and origin != root):
             sublayers.append([product])
             root = origin
         else:
@@ -107,6 +117,11 @@ def find_layers(graph: onnx.GraphProto, products: list[Product], most: int) -> l
     if projector:
         layers.append(Layer("projector", tuple(projector)))
     return layers
+
+
+def _is_norm(node: onnx.NodeProto, constants: Collection[str]) -> bool:
+    """Whether ``node`` ends a norm: LayerNormalization, or the product with its weights that ends an RMS norm."""
+    return node.op_type == "LayerNormalization" or (node.op_type == "Mul" and any(i in constants for i in node.input))
 
 
 def _origin(name: str, producers: dict[str, onnx.NodeProto]) -> str:

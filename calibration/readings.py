@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from flashvlm_export.calibration.layers import PATCH_FEATURES, PROJECTED_TOKENS
+from flashvlm_export.calibration.layers import tokens_and_features
 from flashvlm_export.errors import CalibrationError
 from flashvlm_export.ort import ort_session
 from flashvlm_export.specs import Array, Feeds
@@ -62,8 +62,9 @@ class Graph:
 
     def read(self, feeds: Feeds) -> Reading:
         """Return the reading of a graph written by :func:`with_outputs` with features and tokens among its outputs."""
-        found = self.run(feeds, (PROJECTED_TOKENS, PATCH_FEATURES, "visual_indices", "scores"))
-        return Reading(*(value[0] for value in found.values()))
+        names = (*tokens_and_features(self.outputs), "visual_indices", "scores")
+        found = self.run(feeds, list(dict.fromkeys(names)))
+        return Reading(*(found[name][0] for name in names))
 
 
 def load_structure(file: Path) -> onnx.ModelProto:
@@ -103,7 +104,9 @@ def opened(model: onnx.ModelProto, file: Path) -> Graph:
 
 def readable_graph(model: onnx.ModelProto, file: Path) -> Graph:
     """Open ``model`` with what :meth:`Graph.read` needs; see :func:`opened`."""
-    return opened(with_outputs(model, (PROJECTED_TOKENS, PATCH_FEATURES), onnx.TensorProto.FLOAT), file)
+    inside = {output for node in model.graph.node for output in node.output}
+    seen = dict.fromkeys(tokens_and_features(inside))
+    return opened(with_outputs(model, list(seen), onnx.TensorProto.FLOAT), file)
 
 
 def moved(model: onnx.ModelProto, folder: str) -> onnx.ModelProto:

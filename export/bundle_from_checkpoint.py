@@ -26,7 +26,7 @@ from flashvlm_export.export.checks import check_graph
 from flashvlm_export.export.engine_check import check_engine_builds
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
-from flashvlm_export.export.processor_files import write_preprocessor, write_prompt_files
+from flashvlm_export.export.processor_files import read_preprocessor, write_prompt_files
 from flashvlm_export.export.split import write_split_graphs
 from flashvlm_export.export.text_model import (
     count_text_parameters,
@@ -48,6 +48,7 @@ from flashvlm_export.manifest import (
 )
 from flashvlm_export.models import adapter_class, find_model
 from flashvlm_export.models.adapter import Adapter
+from flashvlm_export.preprocessor import encode_preprocessor
 from flashvlm_export.progress import Progress
 from flashvlm_export.selection import Selector, get_selector
 from flashvlm_export.specs import Precision
@@ -120,6 +121,8 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
 
     weights = open_weights(settings.model, settings.weights, revision=settings.revision)
     adapter = _open_adapter(weights)
+    preprocessor = read_preprocessor(adapter, weights, progress)
+    adapter.take_processor(preprocessor)
     _check_selectors(settings, adapter)
     config = _selection_config(selector, adapter, settings.selection)
     decoder = _resolve_decoder(settings, adapter, weights)
@@ -139,7 +142,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
         if weights.directory is not None:
             progress.step("tokenizer, chat template, image processor")
             prompt = write_prompt_files(weights.directory, staging, adapter, progress)
-        write_preprocessor(staging / PREPROCESSOR, adapter, weights, progress)
+        (staging / PREPROCESSOR).write_bytes(encode_preprocessor(preprocessor))
         graphs, halves, checks = {}, {}, {}
         for precision in settings.precisions:
             graphs[precision.value], half, checks[precision.value] = _write_graphs(

@@ -14,7 +14,7 @@ from flashvlm_export.errors import CheckpointError
 from flashvlm_export.export.checkpoint import WeightSource
 from flashvlm_export.manifest import PromptSettings
 from flashvlm_export.models.adapter import Adapter
-from flashvlm_export.preprocessor import PreprocessorSettings, encode_preprocessor
+from flashvlm_export.preprocessor import PreprocessorSettings
 from flashvlm_export.progress import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -65,43 +65,44 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
     )
 
 
-def write_preprocessor(path: Path, adapter: Adapter, weights: WeightSource, progress: Progress) -> None:
-    """Write the checkpoint's image processor settings; with random weights, those that such a checkpoint has.
+def read_preprocessor(adapter: Adapter, weights: WeightSource, progress: Progress) -> PreprocessorSettings:
+    """Return the checkpoint's image processor settings; with random weights, those that such a checkpoint has.
+
+    Where images keep their own resolution, the most pixels are cut down to the most visual tokens that the adapter has;
+    a note says so.
 
     Raises:
-        CheckpointError: if there are none, or they give images of another size than the vision tower takes, or in other
-            tiles than the model puts together.
+        CheckpointError: if there are none, or they give images that the vision tower does not take.
         ConfigError: if the runtime cannot reproduce them exactly.
     """
-    dims = adapter.dims
-    config = adapter.default_processor if weights.directory is None else _processor_config(weights.directory)
-    settings = PreprocessorSettings.from_hf(config)
-    sizes = settings.pixel_range or settings.output_size
     usual = PreprocessorSettings.from_hf(adapter.default_processor)
-    usual_sizes = usual.pixel_range or usual.output_size
-    if (sizes[0] if dims.windows else sizes) != (usual_sizes[0] if dims.windows else usual_sizes):
+    found = adapter.default_processor if weights.directory is None else _processor_config(weights.directory)
+    settings = PreprocessorSettings.from_hf(found)
+    have, want = (_what_the_tower_sees(each) for each in (settings, usual))
+    if have != want:
         raise CheckpointError(
             "image processor and vision tower do not belong together",
-            received=f"images of {sizes}",
-            expected=f"{usual_sizes}, from config.json",
+            received=have,
+            expected=f"{want}, from config.json",
         )
+    if settings.pixel_range is None:
+        return settings
+    multiple, least, most = settings.pixel_range
+    tokens = adapter.dims.num_patches
+    if most > tokens * multiple**2:
+        progress.note(
+            f"NOTE: images of more than {tokens} visual tokens are scaled down to these, as many as TensorRT sorts; "
+            f"the checkpoint's own processor goes up to {most // multiple**2}"
+        )
+    return replace(settings, pixel_range=(multiple, least, min(most, tokens * multiple**2)))
+
+
+def _what_the_tower_sees(settings: PreprocessorSettings) -> str:
     if settings.pixel_range is not None:
-        multiple, least, most = settings.pixel_range
-        most_here = dims.num_patches * multiple**2
-        if most > most_here:
-            progress.note(
-                f"NOTE: images of more than {dims.num_patches} visual tokens are scaled down to these, as many as "
-                f"TensorRT sorts; the checkpoint's own processor goes up to {most // multiple**2}"
-            )
-            settings = replace(settings, pixel_range=(multiple, least, most_here))
-    expected = usual.resolutions
-    if settings.resolutions != expected:
-        raise CheckpointError(
-            "image processor and model do not see an image in the same tiles",
-            received=f"resolutions {settings.resolutions or 'none'}",
-            expected=f"{expected or 'none'}, from config.json",
-        )
-    path.write_bytes(encode_preprocessor(settings))
+        return f"images of multiples of {settings.pixel_range[0]} pixels"
+    height, width = settings.output_size
+    tiles = f" in tiles of the resolutions {settings.resolutions}" if settings.resolutions else ""
+    return f"images of {height} x {width} pixels{tiles}"
 
 
 def _processor_config(directory: Path) -> dict[str, Any]:

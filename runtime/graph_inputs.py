@@ -128,12 +128,13 @@ class GraphInputs:
         return self.embeddings.lookup(ids, precision.float_dtype)
 
     def feeds(self, image: ImageSource, text_rows: Rows, budget: int) -> dict[str, Array]:
-        """Return the graph's inputs, of batch 1.
+        """Return the graph's inputs, of batch 1; an image with fewer visual tokens than ``budget`` keeps them all.
 
         Raises:
             ImageError: if the image cannot be read.
         """
-        return visual_feeds([self.prepare(load_image(image))], [text_rows], budget)
+        prepared = self.prepare(load_image(image))
+        return visual_feeds([prepared], [text_rows], min(budget, prepared.layout.num_tokens))
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """Return a picture of mode ``RGB`` ready for the encoder; raises as :class:`ImagePreprocessor` does."""

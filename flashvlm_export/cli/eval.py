@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> None:
 def _check_room(args: argparse.Namespace, bundle: Bundle, budgets: list[int]) -> None:
     """Refuse answers that cannot fit behind the visual tokens, before any question is asked."""
     decoder = bundle.manifest.decoder if args.llm == "onnxruntime" else None  # others check each prompt
-    most = max(budgets) if args.positions == "contiguous" else bundle.manifest.dims.num_patches
+    most = max(budgets) if args.positions == "contiguous" else bundle.manifest.dims.least_patches
     if decoder and args.max_tokens >= decoder.max_positions - most:
         raise ConfigError(
             "the language model has no room for answers as long as this",

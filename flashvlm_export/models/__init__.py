@@ -2,6 +2,7 @@
 
 - ``registry.py``  one row per model users can name, one line per architecture; importable without torch
 - ``adapter.py``   what an architecture has to declare
+- ``qwen2_5_vl.py``  Qwen2.5-VL: attention in windows, merger, Qwen2
 - ``llava.py``     LLaVA-1.5 and LLaVA-NeXT: CLIP ViT, two-layer projector, Llama or Mistral
 """
 

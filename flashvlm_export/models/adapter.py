@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from flashvlm_export.preprocessor import PreprocessorSettings
 from flashvlm_export.specs import GraphSpec, Precision, VisualDims, visual_graph_spec
 
 
@@ -80,6 +81,15 @@ class Adapter(ABC):
     @abstractmethod
     def default_processor(self) -> dict[str, Any]:
         """What ``preprocessor_config.json`` of such a checkpoint says, for random weights."""
+
+    def take_processor(self, settings: PreprocessorSettings) -> None:
+        """Take from how the checkpoint prepares images what its configuration does not say, before sizes are asked for.
+
+        Of images that keep their own resolution, the most visual tokens that one can have.
+        """
+        if settings.pixel_range is not None:
+            multiple, _, most = settings.pixel_range
+            self.dims = replace(self.dims, num_patches=max(most // multiple**2, self.sample_patches))
 
     @property
     def vocab_size(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from flashvlm_export.errors import CheckpointError
@@ -78,6 +79,39 @@ def _llava(name: str, family: str, parameters: float, text: Mapping[str, Any]) -
     )
 
 
+def _qwen25_vl(size: str, parameters: float, **text: Any) -> ModelEntry:
+    return ModelEntry(
+        name=f"qwen2.5-vl-{size}",
+        repo=f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct",
+        family="qwen2_5_vl",
+        visual_tokens=3840,
+        parameters=parameters,
+        config={
+            "model_type": "qwen2_5_vl",
+            "vision_config": {
+                "depth": 32,
+                "hidden_size": 1280,
+                "intermediate_size": 3420,
+                "num_heads": 16,
+                "patch_size": 14,
+                "window_size": 112,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+                "out_hidden_size": text["hidden_size"],
+            },
+            "text_config": {
+                "model_type": "qwen2_5_vl_text",
+                "max_position_embeddings": 128000,
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 1000000.0,
+                    "mrope_section": [16, 24, 24],
+                },
+                **text,
+            },
+        },
+    )
+
+
 _TINY = ModelEntry(
     name="flashvlm-tiny",
     repo="./benchmarks/tiny/checkpoint",
@@ -118,6 +152,27 @@ MODELS: dict[str, ModelEntry] = {
         _llava("llava-v1.6-vicuna-7b", "llava_next", 7.06, _VICUNA_7B),
         _llava("llava-v1.6-vicuna-13b", "llava_next", 13.35, _VICUNA_13B),
         _llava("llava-v1.6-mistral-7b", "llava_next", 7.57, _MISTRAL_7B),
+        _qwen25_vl(
+            "3b",
+            3.75,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        ),
+        _qwen25_vl(
+            "7b",
+            8.29,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+        ),
     )
 }
 
@@ -126,6 +181,10 @@ FAMILIES: dict[str, str] = {
     "llava_next": "flashvlm_export.models.llava:LlavaNextAdapter",
     "qwen2_5_vl": "flashvlm_export.models.qwen2_5_vl:Qwen25VLAdapter",
 }
+
+
+#: Adapters of other packages announce themselves here: name = ``model_type``, value = ``module:Class``.
+ENTRY_POINTS = "flashvlm_export.adapters"
 
 
 def find_model(name: str) -> ModelEntry | None:
@@ -139,13 +198,14 @@ def adapter_class(model_type: str) -> type[Adapter]:
     Raises:
         CheckpointError: if no adapter exports this architecture.
     """
-    target = FAMILIES.get(model_type)
+    families = {**{point.name: point.value for point in entry_points(group=ENTRY_POINTS)}, **FAMILIES}
+    target = families.get(model_type)
     if target is None:
         raise CheckpointError(
             "this architecture is not supported yet",
             received=f"model_type {model_type!r}",
-            expected=f"one of {', '.join(FAMILIES)}",
-            hint="flashvlm models lists what can be exported",
+            expected=f"one of {', '.join(families)}",
+            hint="flashvlm models lists what can be exported; docs/adding-a-model.md tells how to add one",
         )
     module, _, attribute = target.partition(":")
     adapter: type[Adapter] = getattr(importlib.import_module(module), attribute)

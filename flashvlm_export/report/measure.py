@@ -207,9 +207,9 @@ def measure(settings: ReportSettings, progress: Progress | None = None) -> Measu
 
 
 def _most_tokens(bundle: Bundle) -> int:
-    """Return the longest answer that has room beside all visual tokens of one image."""
-    decoder = bundle.manifest.decoder
-    return 1 << 30 if decoder is None else decoder.max_positions - bundle.manifest.dims.num_patches - 1
+    """Return the longest answer that has room beside all visual tokens of one image, the smallest where they differ."""
+    decoder, dims = bundle.manifest.decoder, bundle.manifest.dims
+    return 1 << 30 if decoder is None else decoder.max_positions - dims.least_patches - 1
 
 
 def _budgets(settings: ReportSettings, bundle: Bundle) -> list[int]:

@@ -29,7 +29,8 @@ def test_models_for_people_and_machines(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["models", "--json"]) == 0
     names = [entry["name"] for entry in json.loads(capsys.readouterr().out)["models"]]
     llava_next = [f"llava-v1.6-{name}" for name in ("vicuna-7b", "vicuna-13b", "mistral-7b")]
-    assert names == ["flashvlm-tiny", "llava-1.5-7b", "llava-1.5-13b", *llava_next]
+    qwen = ["qwen2.5-vl-3b", "qwen2.5-vl-7b"]
+    assert names == ["flashvlm-tiny", "llava-1.5-7b", "llava-1.5-13b", *llava_next, *qwen]
 
 
 def test_export_inspect_run(tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,15 @@ from PIL import Image
 from test_parity_transformers import PAIRS, photograph
 from transformers import AutoProcessor
 
+from flashvlm_export.errors import CheckpointError, ConfigError
 from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
 from flashvlm_export.export.reference import LlavaNextReference, make_reference
+from flashvlm_export.models import adapter_class
+from flashvlm_export.runtime.heatmap import draw_selection
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import Request
 from flashvlm_export.selection import get_selector
 
@@ -179,6 +186,53 @@ def test_an_image_with_fewer_tokens_than_the_budget_keeps_them_all(pipeline: Pip
     prompt = pipeline.encode([Request(images, "What is this?")], budget=60)[0]
     assert [len(indices) for indices in prompt.indices] == [prompt.images[0].layout.num_tokens, 60]
     assert prompt.images[0].layout.num_tokens < 60
+
+
+def test_a_pruned_prompt_survives_its_file(pipeline: Pipeline, tmp_path: Path) -> None:
+    """The rows of its image are more than its kept tokens: newlines stand among them."""
+    prompt = pipeline.encode([Request([picture((640, 480))], "What is this?")], budget=9)[0]
+    write_prompt(tmp_path / "prompt.safetensors", prompt, pipeline.bundle, text_span="prompt")
+    file = read_prompt(tmp_path / "prompt.safetensors")
+    ((start, end),) = file.record.image_spans
+    assert end - start == len(prompt.images[0].rows) > 9
+    np.testing.assert_array_equal(file.inputs_embeds[start:end], prompt.images[0].rows)
+    assert (file.token_ids[start:end] == pipeline.bundle.manifest.prompt.image_token_id).all()
+
+
+def test_a_heat_map_has_panels_for_overview_and_tiles(pipeline: Pipeline) -> None:
+    image = picture((640, 480))
+    kept = pipeline.encode([Request([image], "What is this?")], budget=9)[0].images[0]
+    sheet = draw_selection(pipeline.view(image), kept.indices, kept.scores, kept.layout.grids, "What is this?")
+    alone = draw_selection(image, np.array([0]), kept.scores[:16], kept.layout.grids[:1], "What is this?")
+    assert sheet.width == alone.width
+    assert sheet.height > 1.5 * alone.height
+    with pytest.raises(ConfigError, match="do not fill"):
+        draw_selection(image, kept.indices, kept.scores, kept.layout.grids[:1], "")
+
+
+def test_processor_and_model_have_to_agree_on_tiles(checkpoint: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+    for file in ("preprocessor_config.json", "processor_config.json"):
+        text = (copied / file).read_text() if (copied / file).is_file() else "{}"
+        (copied / file).write_text(re.sub(r'"image_grid_pinpoints": \[', '"image_grid_pinpoints": [[56, 56],', text))
+    settings = ExportSettings(str(copied), tmp_path / "bundle", decoder="none", engine_check="off")
+    with pytest.raises(CheckpointError, match="do not belong together") as caught:
+        bundle_from_checkpoint(settings)
+    assert "(56, 56)" in str(caught.value.received)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("selector", ["uniform", "random"])
+def test_selectors_of_one_grid_are_refused(selector: str, checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="same grid of visual tokens"):
+        bundle_from_checkpoint(ExportSettings(str(checkpoint), tmp_path / "bundle", selector=selector))
+
+
+@pytest.mark.parametrize("resolutions", [[], [[56, 60]]])
+def test_resolutions_that_are_no_tiles_are_refused(resolutions: Any, checkpoint: Path) -> None:
+    config = {**json.loads((checkpoint / "config.json").read_text()), "image_grid_pinpoints": resolutions}
+    with pytest.raises(CheckpointError, match="not made of tiles"):
+        adapter_class("llava_next")(config)
 
 
 def test_batch_equals_one_by_one(pipeline: Pipeline) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.tiny_qwen import make_tiny_qwen
 from PIL import Image
 from test_parity_transformers import PAIRS, photograph
@@ -17,7 +19,9 @@ from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle
 from flashvlm_export.export.reference import Qwen25VLReference, make_reference
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.selection import get_selector, select_tokens
 
@@ -136,8 +140,6 @@ def test_kept_tokens_keep_their_positions(pipeline: Pipeline, reference: Qwen25V
         is_kept[first + image.indices] = True
         start += full.layout.num_tokens - 1
     given = reference.processor(images, return_tensors="pt")
-    import torch
-
     repeats = np.ones(len(whole.prompt.token_ids), np.int64)
     repeats[list(whole.prompt.image_positions)] = [image.layout.num_tokens for image in whole.images]
     ids = torch.from_numpy(np.repeat(whole.prompt.token_ids, repeats))[None]
@@ -192,4 +194,19 @@ def test_bad_input_is_refused(bundle: Path, pipeline: Pipeline) -> None:
         pipeline.encode([Request([picture((2010, 10))], "What is this?")])
     prompt = pipeline.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
     with pytest.raises(LLMError, match="not the positions"):
-        pipeline.answer(prompt.__class__(**{**prompt.__dict__, "positions": prompt.positions[:, 0]}))
+        pipeline.answer(replace(prompt, positions=prompt.positions[:, 0]))
+    counting = Pipeline.open(bundle)
+    assert isinstance(counting.llm, OnnxRuntimeLLM)
+    counting.llm.entry = replace(counting.llm.entry, position_axes=1)
+    with pytest.raises(LLMError, match="has other positions than this model"):
+        counting.load()
+
+
+def test_a_pruned_prompt_survives_its_file(bundle: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    prompt = pipeline.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
+    write_prompt(tmp_path / "prompt.safetensors", prompt, pipeline.bundle, text_span="prompt")
+    file = read_prompt(tmp_path / "prompt.safetensors")
+    np.testing.assert_array_equal(file.positions, prompt.positions)
+    assert file.has_gaps
+    said = [token for token, _ in pipeline.generate(file.inputs_embeds, file.positions) if token is not None]
+    assert said == pipeline.answer(prompt).token_ids
