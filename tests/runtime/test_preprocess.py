@@ -29,6 +29,7 @@ LLAVA_15 = {
 }
 
 
+OWN_SIZE = {"image_processor_type": "Qwen2VLImageProcessor"}
 TILES = {"image_processor_type": "LlavaNextImageProcessor"}
 
 
@@ -131,6 +132,25 @@ def test_missing_keys_take_the_defaults_of_transformers(kind: str) -> None:
     assert_equal_to_oracle({"image_processor_type": kind}, [noise(300, 250)])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"min_pixels": 20000, "max_pixels": 30000}, {"size": {"shortest_edge": 5000, "longest_edge": 9000}}],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(97, 61), (640, 480), (1, 1), (14, 42), (70, 70), (13, 2600), (1500, 1100)])
+def test_own_sizes_are_those_of_transformers(changes: dict[str, Any], size: tuple[int, int]) -> None:
+    """Qwen2-VL's processor returns patches; here the picture that they are cut from is compared."""
+    transformers = pytest.importorskip("transformers", reason=ORACLE)
+    config = LLAVA_15 | OWN_SIZE | changes
+    config.pop("size") if "size" not in changes else None
+    given = transformers.Qwen2VLImageProcessorPil.from_dict(config)(noise(*size), return_tensors="np")
+    _, rows, columns = given["image_grid_thw"][0]
+    patches = given["pixel_values"].reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)
+    expected = patches[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6).reshape(3, rows * 14, columns * 14)
+    have = ImagePreprocessor(PreprocessorSettings.from_hf(config))([noise(*size)])
+    np.testing.assert_array_equal(have[0], expected)
+
+
 def test_batch_is_each_image_on_its_own() -> None:
     preprocessor = ImagePreprocessor(PreprocessorSettings.from_hf({"size": 24, "crop_size": 24}))
     images = [noise(50, 40), noise(24, 24), noise(30, 90)]
@@ -165,7 +185,11 @@ def test_only_rgb_is_taken() -> None:
 @pytest.mark.parametrize(
     ("key", "changes"),
     [
-        ("image_processor_type", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("image_processor_type", {"image_processor_type": "SiglipImageProcessor"}),
+        ("do_resize", OWN_SIZE | {"do_resize": False}),
+        ("min_pixels", OWN_SIZE | {"min_pixels": -1}),
+        ("max_pixels", OWN_SIZE | {"max_pixels": 700}),
+        ("max_pixels", OWN_SIZE | {"min_pixels": 9000, "max_pixels": 8000}),
         ("crop_size", TILES | {"crop_size": 224}),
         ("image_grid_pinpoints", TILES | {"image_grid_pinpoints": []}),
         ("image_grid_pinpoints", TILES | {"image_grid_pinpoints": [[336]]}),
