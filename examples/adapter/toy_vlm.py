@@ -68,11 +68,6 @@ class ToyAdapter(Adapter):
         return (structured(torch.rand(batch, 3, self.dims.image_size, self.dims.image_size)),)
 
     @staticmethod
-    def canonical(key: str) -> str:
-        """Return ``key``: this family has had one spelling."""
-        return key
-
-    @staticmethod
     def text_key(name: str) -> str:
         """Return ``name``: the language model is not nested."""
         return name

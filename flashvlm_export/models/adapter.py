@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -30,6 +31,7 @@ class Adapter(ABC):
         config: transformers' config object (hub configs leave defaults out; the class fills them in).
         dims: sizes of the visual side.
         image_token_id: id of the image placeholder.
+        renames: regular expressions and what takes their place, in this order, in names that checkpoints have had.
         newline_key: canonical name of the embedding ``[D]`` that ends each line of tiles, if there is one.
         selection_defaults: settings that selectors which have them take for this family, if nothing else is said.
         text_config: of the language model, as its causal LM's class takes it.
@@ -40,6 +42,7 @@ class Adapter(ABC):
     config: Any
     dims: VisualDims
     image_token_id: int
+    renames: ClassVar[Sequence[tuple[str, str]]] = ()
     newline_key: ClassVar[str | None] = None
     selection_defaults: ClassVar[Mapping[str, Any]] = {}
     text_config: Any
@@ -57,10 +60,12 @@ class Adapter(ABC):
         ``(patch_features [B,N,C], saliency float32 [B,N] or None, visual_tokens [B,N,D])``.
         """
 
-    @staticmethod
-    @abstractmethod
-    def canonical(key: str) -> str:
+    @classmethod
+    def canonical(cls, key: str) -> str:
         """Return the one name this package uses for a tensor that checkpoints of different ages name differently."""
+        for pattern, replacement in cls.renames:
+            key = re.sub(pattern, replacement, key)
+        return key
 
     @property
     @abstractmethod
@@ -68,9 +73,9 @@ class Adapter(ABC):
         """Canonical name of the LLM's input embedding table ``[vocab, D]``."""
 
     @staticmethod
-    @abstractmethod
     def text_key(name: str) -> str:
         """Return the canonical name of a tensor that the causal LM's own state dict calls ``name``."""
+        return re.sub(r"^model\.", "language_model.", name)
 
     @property
     @abstractmethod

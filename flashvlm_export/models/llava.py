@@ -5,7 +5,6 @@ LLaVA-1.5 (arXiv 2310.03744) sees an image as one picture, LLaVA-NeXT as an over
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -22,20 +21,19 @@ from flashvlm_export.specs import VisualDims
 
 _NormalizedLlava = NormalizedTextAndVisionConfig.with_args(text_config="text_config", vision_config="vision_config")
 
-# llava-hf checkpoints before transformers 4.52, after it, and since CLIPVisionModel lost its inner module.
-_RENAMES = (
-    (re.compile(r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)"), ""),
-    (re.compile(r"^language_model\.model\."), "language_model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-)
-
 
 class LlavaAdapter(Adapter):
     """Adapter for ``model_type: llava`` with a CLIP vision tower and one ``vision_feature_layer``."""
 
     family = "llava"
     config_class: ClassVar[Any] = LlavaConfig
+    # llava-hf checkpoints before transformers 4.52, after it, and since CLIPVisionModel lost its inner module.
+    renames = (
+        (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
+        (r"^language_model\.model\.", "language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    )
     embedding_key = "language_model.embed_tokens.weight"
     # The prompt LLaVA-1.5 was trained with, without a system text, as its converted checkpoints use it.
     default_chat_template = (
@@ -89,18 +87,6 @@ class LlavaAdapter(Adapter):
         """Return pictures made of what optimum's generator gives for this vision tower."""
         generator: Any = DummyVisionInputGenerator("image-text-to-text", self._normalized, batch_size=batch)
         return (structured(generator.generate("pixel_values", framework="pt")),)
-
-    @staticmethod
-    def canonical(key: str) -> str:
-        """Map every known spelling to ``vision_tower.…``, ``multi_modal_projector.…`` and ``language_model.…``."""
-        for pattern, replacement in _RENAMES:
-            key = pattern.sub(replacement, key)
-        return key
-
-    @staticmethod
-    def text_key(name: str) -> str:
-        """Map Llama's ``model.…`` to ``language_model.…``; ``lm_head`` keeps its name."""
-        return re.sub(r"^model\.", "language_model.", name)
 
 
 class LlavaNextAdapter(LlavaAdapter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,11 +19,6 @@ from flashvlm_export.windows import in_windows
 # TensorRT sorts at most so many values; an image of more visual tokens is scaled down to these.
 MOST_TOKENS = 3840
 
-# Qwen's own checkpoints and those that transformers has saved since 4.52.
-_RENAMES = (
-    (re.compile(r"^model\.(?=visual|language_model)"), ""),
-    (re.compile(r"^model\.(?=embed_tokens|layers|norm)"), "language_model."),
-)
 _MASKED = -6e4  # finite in float16, so that a window without any patch gives numbers, which nobody reads
 
 
@@ -33,6 +27,11 @@ class Qwen25VLAdapter(Adapter):
 
     family = "qwen2_5_vl"
     selection_defaults: ClassVar[Mapping[str, Any]] = {"weigh_text": True}
+    # Qwen's own checkpoints and those that transformers has saved since 4.52.
+    renames = (
+        (r"^model\.(?=visual|language_model)", ""),
+        (r"^model\.(?=embed_tokens|layers|norm)", "language_model."),
+    )
     embedding_key = "language_model.embed_tokens.weight"
     default_chat_template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -115,18 +114,6 @@ class Qwen25VLAdapter(Adapter):
         ]
         layout = np.stack([image.order + number * most * dims.window_tokens for number, image in enumerate(images)])
         return (*map(torch.from_numpy, stacked), torch.from_numpy(layout))
-
-    @staticmethod
-    def canonical(key: str) -> str:
-        """Map every known spelling to ``visual.…``, ``language_model.…`` and ``lm_head.…``."""
-        for pattern, replacement in _RENAMES:
-            key = pattern.sub(replacement, key)
-        return key
-
-    @staticmethod
-    def text_key(name: str) -> str:
-        """Map Qwen2's ``model.…`` to ``language_model.…``; ``lm_head`` keeps its name."""
-        return re.sub(r"^model\.", "language_model.", name)
 
 
 class Qwen25VLEncoder(nn.Module):

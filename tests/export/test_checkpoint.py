@@ -413,8 +413,8 @@ class TestConfig:
         edit_config(checkpoint, lambda config: config["vision_config"].update(image_size=84))
         message = refuse_export(checkpoint)
         assert "image processor and vision tower do not belong together" in message
-        assert "images of (56, 56)" in message
-        assert "(84, 84), from config.json" in message
+        assert "images of 56 x 56" in message
+        assert "84 x 84, from config.json" in message
         # 84 / 14 = 6 patches a side, and the class token.
         with pytest.raises(CheckpointError, match=re.escape("expected: [37, 32], from config.json")):
             build(checkpoint)
