@@ -414,7 +414,7 @@ class TestConfig:
         message = refuse_export(checkpoint)
         assert "image processor and vision tower do not belong together" in message
         assert "images of 56 x 56" in message
-        assert "84 x 84, from config.json" in message
+        assert "84 x 84 pixels, from config.json" in message
         # 84 / 14 = 6 patches a side, and the class token.
         with pytest.raises(CheckpointError, match=re.escape("expected: [37, 32], from config.json")):
             build(checkpoint)
