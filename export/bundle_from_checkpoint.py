@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ from flashvlm_export.models import adapter_class, find_model
 from flashvlm_export.models.adapter import Adapter
 from flashvlm_export.preprocessor import encode_preprocessor
 from flashvlm_export.progress import Progress
-from flashvlm_export.selection import Selector, get_selector
+from flashvlm_export.selection import SELECTORS, Selector, get_selector
 from flashvlm_export.specs import Precision
 from flashvlm_export.tensorrt_api import is_installed
 
@@ -87,7 +87,8 @@ class ExportSettings:
         selector: registry name of the selector.
         selection: settings of the selector that differ from its defaults.
         split: also write encoder and selectors as graphs of their own.
-        further_selectors: names of selectors to write besides ``selector``, with their defaults; needs ``split``.
+        further_selectors: names of selectors to write besides ``selector``, with their defaults, or ``("all",)`` for
+            all that this family can have; needs ``split``.
         decoder: LLM decoder to export; ``auto`` is fp32 below a billion parameters and int4 above, none for random
             weights.
         engine_check: compile each graph with TensorRT-RTX: where installed, never, or fail without it.
@@ -123,6 +124,9 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
     adapter = _open_adapter(weights)
     preprocessor = read_preprocessor(adapter, weights, progress)
     adapter.take_processor(preprocessor)
+    if "all" in settings.further_selectors:
+        fitting = [name for name, row in SELECTORS.items() if adapter.dims.has_one_size or not row.needs_fixed_grid]
+        settings = replace(settings, further_selectors=fitting)
     _check_selectors(settings, adapter)
     config = _selection_config(selector, adapter, settings.selection)
     decoder = _resolve_decoder(settings, adapter, weights)
@@ -194,7 +198,8 @@ def _check_settings(settings: ExportSettings) -> None:
             hint="export fp16, then: flashvlm calibrate BUNDLE",
         )
     for name in settings.further_selectors:
-        get_selector(name)
+        if name != "all":
+            get_selector(name)
     if settings.further_selectors and not settings.split:
         raise ConfigError(
             "further selectors are graphs of their own",
@@ -229,8 +234,8 @@ def _check_selectors(settings: ExportSettings, adapter: Adapter) -> None:
         if get_selector(name).needs_fixed_grid and not adapter.dims.has_one_size:
             raise ConfigError(
                 f"the selector '{name}' needs the same grid of visual tokens in every image",
-                received=f"{adapter.family}, which sees images in {adapter.dims.describe_pictures()}",
-                expected="another selector, or a model that sees an image as one picture",
+                received=f"{adapter.family}: {adapter.dims.describe_pictures()}",
+                expected="another selector, or a model that sees every image as one picture of one size",
             )
 
 

@@ -36,6 +36,8 @@ _LLAVA_TYPES = frozenset({"LlavaImageProcessor", "LlavaImageProcessorFast", "Lla
 _LLAVA_NEXT_TYPES = frozenset({"LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil"})
 _QWEN_TYPES = frozenset({"Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil"})
 _TYPES = _CLIP_TYPES | _LLAVA_TYPES | _LLAVA_NEXT_TYPES | _QWEN_TYPES
+#: How many times as long as wide an image that keeps its own resolution may be.
+LONGEST = 200
 _QWEN_PIXELS = (56 * 56, 28 * 28 * 1280)
 _LLAVA_NEXT_RESOLUTIONS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -105,6 +107,17 @@ class PreprocessorSettings:
         size = self.crop or self.resize
         assert size is not None  # with pixel_range nobody asks; __post_init__ refuses else that both are missing
         return size
+
+    @property
+    def most_units(self) -> int:
+        """Squares of the multiple of ``pixel_range`` that an image can come to, at most.
+
+        A side is at least one multiple, which lets an image up to ``LONGEST`` times as long as wide exceed few pixels.
+        """
+        assert self.pixel_range is not None
+        multiple, _, most = self.pixel_range
+        units = most // multiple**2
+        return max(units, math.isqrt(units * LONGEST))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> PreprocessorSettings:

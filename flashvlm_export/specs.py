@@ -201,6 +201,12 @@ class GraphSpec:
         sizes: dict[str, int] = {}
         for spec in self.inputs:
             spec.check(feeds[spec.name], sizes)
+        if sizes.get("visual", 0) > max((dim.max for dim in self.dims if dim.name == "visual"), default=1 << 62):
+            raise SessionError(
+                "an image has more visual tokens than the graph can sort",
+                received=sizes["visual"],
+                expected=f"at most {self.dim('visual').max}",
+            )
         if "budget" in names:
             sizes["budget"] = check_budget(feeds["budget"].item(), sizes.get("visual", self.dim("budget").max))
         return sizes

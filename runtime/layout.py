@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -48,37 +47,30 @@ class ImageLayout:
         Args:
             indices: int64 ``[K]``, ascending: the kept ones.
             tokens: ``[K, D]``.
-            newline: ``[D]``, put behind the last kept token of each line, so that with everything kept the prompt is
-                the model's own; ``None`` where there are no lines.
+            newline: ``[D]``, put behind the last kept token of each line; with everything kept also on lines that have
+                no token, as those of an image thinner than one, so that the prompt is the model's own. ``None`` where
+                there are no lines.
 
         Returns:
             ``[R, D]``, and int64 ``[R]``: where each row stands among the :attr:`length` of the unpruned image.
         """
         if newline is None:
             return tokens, indices
-        lines = self._lines[indices]
-        kept_lines = np.unique(lines[lines >= 0])
-        places = np.concatenate([self.places_of(indices), self._newline_places[kept_lines]])
-        rows = np.concatenate([tokens, np.broadcast_to(newline, (len(kept_lines), len(newline)))])
+        overview, (rows, columns) = math.prod(self.grids[0]), self.grids[1]
+        lines = np.arange(rows)
+        if len(indices) < self.num_tokens:
+            lines = np.unique((indices[indices >= overview] - overview) // max(columns, 1))
+        newlines = overview + lines * (columns + 1) + columns
+        places = np.concatenate([self.places_of(indices), newlines])
         order = np.argsort(places)
-        return rows[order], places[order]
-
-    @cached_property
-    def _lines(self) -> Array:
-        """Int64 ``[N]``: line of each token, -1 in the overview."""
-        overview = math.prod(self.grids[0])
-        lines = [np.repeat(np.arange(rows), columns) for rows, columns in self.grids[1:]]
-        return np.concatenate([np.full(overview, -1), *lines])
+        return np.concatenate([tokens, np.broadcast_to(newline, (len(lines), len(newline)))])[order], places[order]
 
     def places_of(self, indices: Array) -> Array:
         """Return int64 ``[K]``: where the visual tokens of ``indices [K]`` stand among all rows of the image."""
-        return indices + np.maximum(self._lines[indices], 0)
-
-    @cached_property
-    def _newline_places(self) -> Array:
-        """Int64 ``[lines]``: place of each newline among all rows."""
-        ends = np.flatnonzero(np.diff(self._lines, append=len(self.order)) != 0)
-        return self.places_of(ends[ends >= math.prod(self.grids[0])]) + 1
+        if len(self.grids) == 1:
+            return indices
+        overview, (_, columns) = math.prod(self.grids[0]), self.grids[1]
+        return indices + np.maximum(indices - overview, 0) // max(columns, 1)
 
 
 def one_picture(grid: Size) -> ImageLayout:

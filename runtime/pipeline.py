@@ -104,13 +104,15 @@ class Pipeline:
             llm: engine that answers, see :func:`make_llm`; ``None`` for none.
 
         Raises:
-            BundleError, ConfigError, SessionError: see their messages.
+            BundleError, ConfigError, LLMError, SessionError: see their messages.
         """
         bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         session = _session(bundle, precision, engine, cuda_graphs, selectors, providers, threads)
         pipeline = cls(bundle, session, None, cache_bytes=cache_bytes)
         if llm is not None:
             pipeline.llm = make_llm(llm, bundle, pipeline.embeddings.lookup, providers=providers, threads=threads)
+            if bundle.manifest.position_axes > 1 and not pipeline.llm.capabilities.explicit_positions:
+                raise _other_positions(pipeline.llm, "counts them by itself", bundle.manifest.position_axes)
         return pipeline
 
     def load(self) -> None:
@@ -121,12 +123,8 @@ class Pipeline:
                 self.llm.open()
                 require_same_model(self.llm, self.bundle.manifest, self.embeddings)
                 if self.llm.limits.position_axes != self.bundle.manifest.position_axes:
-                    raise LLMError(
-                        f"the engine '{self.llm.name}' has other positions than this model",
-                        received=f"{self.llm.limits.position_axes} number(s) for each token",
-                        expected=f"{self.bundle.manifest.position_axes}",
-                        hint="answer with the bundle's decoder, or with transformers",
-                    )
+                    received = f"{self.llm.limits.position_axes} number(s) for each token"
+                    raise _other_positions(self.llm, received, self.bundle.manifest.position_axes)
         except BaseException:
             self.close()
             raise
@@ -462,6 +460,15 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _other_positions(llm: LLMEngine, received: str, axes: int) -> LLMError:
+    return LLMError(
+        f"the engine '{llm.name}' has other positions than this model",
+        received=received,
+        expected=f"{axes} number(s) for each token",
+        hint="answer with the bundle's decoder, or with transformers",
+    )
 
 
 def prompt_positions(

@@ -16,12 +16,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from flashvlm_export.errors import ImageError
-from flashvlm_export.preprocessor import PreprocessorSettings
+from flashvlm_export.preprocessor import LONGEST, PreprocessorSettings
 from flashvlm_export.runtime.images import LIMIT_PIXELS
 from flashvlm_export.runtime.layout import Size, choose_resolution, fitted
 
 Pixels = npt.NDArray[np.uint8]
-_LONGEST = 200
 
 
 class ImagePreprocessor:
@@ -127,11 +126,11 @@ def within_pixels(size: Size, multiple: int, least: int, most: int) -> Size:
         ImageError: if one side is more than 200 times the other.
     """
     width, height = size
-    if max(size) > _LONGEST * min(size):
+    if max(size) > LONGEST * min(size):
         raise ImageError(
             "the image is too long and thin",
             received=f"{width} x {height} pixels",
-            expected=f"one side at most {_LONGEST} times the other",
+            expected=f"one side at most {LONGEST} times the other",
             hint="crop it to the part that matters",
         )
     sides = [round(side / multiple) * multiple for side in size]

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         help="also write encoder and selector as graphs of their own, so that an image is encoded once for many "
-        "questions; LIST: further selectors to write, with commas, or all (--split goes behind MODEL)",
+        "questions; LIST: further selectors to write, with commas, or all that fit (--split goes behind MODEL)",
     )
     parser.add_argument(
         "--decoder",
@@ -131,7 +131,7 @@ def _precisions(text: str) -> list[Precision]:
 def _further_selectors(text: str | None, own: str) -> list[str]:
     if not text:
         return []
-    names = list(SELECTORS) if text == "all" else [name.strip() for name in text.split(",")]
+    names = [name.strip() for name in text.split(",")]
     return [name for name in dict.fromkeys(names) if name != own]
 
 

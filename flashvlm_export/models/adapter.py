@@ -93,8 +93,7 @@ class Adapter(ABC):
         Of images that keep their own resolution, the most visual tokens that one can have.
         """
         if settings.pixel_range is not None:
-            multiple, _, most = settings.pixel_range
-            self.dims = replace(self.dims, num_patches=max(most // multiple**2, self.sample_patches))
+            self.dims = replace(self.dims, num_patches=max(settings.most_units, self.sample_patches))
 
     @property
     def vocab_size(self) -> int:

@@ -69,10 +69,9 @@ class Qwen25VLAdapter(Adapter):
         )
         self.image_token_id = self.config.image_token_id
         # The language model is Qwen2's but for what its positions are.
-        fields = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "rope_parameters")}
-        self.text_config = Qwen2Config.from_dict(
-            {**fields, "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_parameters["rope_theta"]}}
-        )
+        fields = {key: value for key, value in text.to_dict().items() if key != "model_type"}
+        rotation = {key: value for key, value in text.rope_parameters.items() if key != "mrope_section"}
+        self.text_config = Qwen2Config.from_dict({**fields, "rope_parameters": rotation})
         self.position_sections = tuple(text.rope_parameters["mrope_section"])
 
     def encoder(self, *, needs_saliency: bool) -> nn.Module:

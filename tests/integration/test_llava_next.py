@@ -133,6 +133,15 @@ def test_unpruned_answer_is_that_of_transformers(
     assert greedy(pipeline, prompt) == expected
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_unpruned_answer_about_an_image_of_any_shape(
+    size: tuple[int, int], pipeline: Pipeline, reference: LlavaNextReference, processor: Any
+) -> None:
+    prompt = pipeline.encode([Request([picture(size)], "What is this?")], budget=pipeline.visual_tokens)[0]
+    assert len(prompt.images[0].rows) == prompt.images[0].layout.length
+    assert greedy(pipeline, prompt) == ask_transformers(reference, processor, [picture(size)], prompt.prompt.text)
+
+
 def test_several_images_of_different_shape(pipeline: Pipeline, reference: LlavaNextReference, processor: Any) -> None:
     images = [picture(size) for size in SIZES[:4]]
     prompt = pipeline.encode([Request(images, "What do they have in common?")], budget=pipeline.visual_tokens)[0]

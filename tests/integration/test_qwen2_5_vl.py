@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ from helpers.tiny_qwen import make_tiny_qwen
 from PIL import Image
 from test_parity_transformers import PAIRS, photograph
 
-from flashvlm_export.errors import ImageError, LLMError
+from flashvlm_export.errors import ExportError, ImageError, LLMError
 from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
 from flashvlm_export.export.reference import Qwen25VLReference, make_reference
 from flashvlm_export.runtime.images import load_image
@@ -195,11 +197,34 @@ def test_bad_input_is_refused(bundle: Path, pipeline: Pipeline) -> None:
     prompt = pipeline.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
     with pytest.raises(LLMError, match="not the positions"):
         pipeline.answer(replace(prompt, positions=prompt.positions[:, 0]))
+    for engine in ("llamacpp:nowhere.gguf", "vllm:http://localhost:1"):  # before any of it is looked for
+        with pytest.raises(LLMError, match="has other positions than this model") as caught:
+            Pipeline.open(bundle, llm=engine)
+        assert "transformers" in str(caught.value.hint)
     counting = Pipeline.open(bundle)
     assert isinstance(counting.llm, OnnxRuntimeLLM)
     counting.llm.entry = replace(counting.llm.entry, position_axes=1)
     with pytest.raises(LLMError, match="has other positions than this model"):
         counting.load()
+
+
+def test_rotation_that_decoders_cannot_have_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+    config = json.loads((copied / "config.json").read_text())
+    rotation = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    config["text_config"]["rope_parameters"].update(rotation)
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="rotary position embedding"):
+        bundle_from_checkpoint(ExportSettings(str(copied), tmp_path / "bundle", decoder="fp32", engine_check="off"))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_unpruned_answer_about_an_image_of_any_shape(
+    size: tuple[int, int], pipeline: Pipeline, reference: Qwen25VLReference
+) -> None:
+    prompt = pipeline.encode([Request([picture(size)], "What is this?")], budget=pipeline.visual_tokens)[0]
+    expected = reference.generate_unpruned_images(prompt.prompt.token_ids, [picture(size)], NEW_TOKENS)
+    assert greedy(pipeline, prompt) == expected
 
 
 def test_a_pruned_prompt_survives_its_file(bundle: Path, pipeline: Pipeline, tmp_path: Path) -> None:

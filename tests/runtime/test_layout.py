@@ -62,6 +62,16 @@ def test_a_picture_of_less_than_a_line_has_its_overview_alone() -> None:
     assert len(tokens) == 2
 
 
+def test_a_picture_thinner_than_a_token_has_newlines_alone() -> None:
+    """transformers cuts all columns of its lines away, and puts a newline behind each nevertheless."""
+    layout = overview_and_tiles((3, 2000), (3, 1), (4, 4))
+    assert (layout.num_tokens, layout.length) == (16, 16 + 12)
+    rows, places = layout.spread(np.arange(16), np.ones((16, 2)), NEWLINE)
+    assert places.tolist() == list(range(28))
+    assert (rows[16:] == NEWLINE).all()
+    assert layout.spread(np.array([3, 7]), np.ones((2, 2)), NEWLINE)[1].tolist() == [3, 7]
+
+
 def test_with_everything_kept_newlines_stand_behind_each_line() -> None:
     layout = overview_and_tiles((400, 100), (2, 2), (4, 4))
     everything = np.arange(layout.num_tokens)
