@@ -23,8 +23,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "
 def make_tiny_qwen(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **text: Any) -> Path:
     """Write a seeded random checkpoint with tokenizer, chat template and image processor; return ``directory``.
 
-    Blocks 1 and 3 of the vision tower attend to the whole image; an image has 4 to 60 visual tokens, a long and thin one
-    up to 109.
+    Blocks 1 and 3 of the vision tower attend to the whole image; images have 4 to 60 visual tokens, long ones to 109.
     """
     tokenizer = make_tokenizer(320)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
