@@ -94,7 +94,8 @@ def read_preprocessor(adapter: Adapter, weights: WeightSource, progress: Progres
             f"NOTE: images of more than {tokens} visual tokens are scaled down to these, as many as TensorRT sorts; "
             f"the checkpoint's own processor goes up to {most // multiple**2}"
         )
-    return replace(settings, pixel_range=(multiple, least, min(most, tokens * multiple**2)))
+    most = min(most, tokens * multiple**2)
+    return replace(settings, pixel_range=(multiple, min(least, most), most))
 
 
 def _what_the_tower_sees(settings: PreprocessorSettings) -> str:

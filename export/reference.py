@@ -199,9 +199,13 @@ class Qwen25VLReference(LlavaReference):
 
     model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
 
-    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
+    def __init__(
+        self, directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
+    ) -> None:
         super().__init__(directory, language_attention=language_attention)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
+        if pixels is not None:
+            self.processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
 
     def encode_image(self, image: Image.Image, pixel_values: Array) -> tuple[Array, Array, Array]:
         """Return ``(patch_features [1,N,D], saliency [1,N], visual tokens [1,N,D])``; the pixels are its own."""
@@ -245,11 +249,21 @@ class Qwen25VLReference(LlavaReference):
 _REFERENCES = {"llava": LlavaReference, "llava_next": LlavaNextReference, "qwen2_5_vl": Qwen25VLReference}
 
 
-def make_reference(directory: Path, *, language_attention: str = "eager") -> LlavaReference:
-    """Return the reference for the checkpoint's family; raise :class:`CheckpointError` if there is none."""
+def make_reference(
+    directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
+) -> LlavaReference:
+    """Return the reference for the checkpoint's family; raise :class:`CheckpointError` if there is none.
+
+    Args:
+        directory: checkpoint in Hugging Face layout.
+        language_attention: see :class:`LlavaReference`.
+        pixels: least and most of an image that keeps its own resolution; ``None`` for the checkpoint's own.
+    """
     family = read_config(directory)["model_type"]
     if family not in _REFERENCES:
         raise CheckpointError(
             "there is no PyTorch reference for this architecture", received=family, expected=", ".join(_REFERENCES)
         )
+    if family == "qwen2_5_vl":
+        return Qwen25VLReference(directory, language_attention=language_attention, pixels=pixels)
     return _REFERENCES[family](directory, language_attention=language_attention)

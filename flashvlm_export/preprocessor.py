@@ -112,12 +112,14 @@ class PreprocessorSettings:
     def most_units(self) -> int:
         """Squares of the multiple of ``pixel_range`` that an image can come to, at most.
 
-        A side is at least one multiple, which lets an image up to ``LONGEST`` times as long as wide exceed few pixels.
+        A side is at least one multiple, which lets an image up to ``LONGEST`` times as long as wide exceed few pixels;
+        and both sides are rounded up to reach the least.
         """
         assert self.pixel_range is not None
-        multiple, _, most = self.pixel_range
-        units = most // multiple**2
-        return max(units, math.isqrt(units * LONGEST))
+        multiple, least, most = self.pixel_range
+        units, least_units = most // multiple**2, -(-least // multiple**2)
+        rounded_up = least_units + math.isqrt(least_units * LONGEST) + math.isqrt(least_units // LONGEST) + 3
+        return max(units, math.isqrt(units * LONGEST), rounded_up)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> PreprocessorSettings:

@@ -376,7 +376,7 @@ class Pipeline:
         budget: int | None = None,
         params: SamplingParams | None = None,
         text_span: TextSpan = "prompt",
-        positions: Positions = "contiguous",
+        positions: Positions | None = None,
         selector: str | None = None,
     ) -> Answer:
         """Return the answer to one question about one image; see :meth:`encode` and :meth:`answer`."""

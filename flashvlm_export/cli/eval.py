@@ -20,7 +20,7 @@ from flashvlm_export.cli.backend import (
     selectors_from,
 )
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.errors import ConfigError, DependencyError
+from flashvlm_export.errors import ConfigError, DependencyError, UsageError
 from flashvlm_export.files import atomic_write
 from flashvlm_export.progress import Progress
 
@@ -78,6 +78,13 @@ def run(args: argparse.Namespace) -> None:
             )
     bundle = Bundle.open(args.bundle)
     visual_tokens = bundle.manifest.dims.num_patches
+    if args.budgets is None and not bundle.manifest.dims.has_one_size:
+        raise UsageError(
+            "images of this model differ in visual tokens, so that no budgets suit all of them",
+            received="no --budgets",
+            expected="--budgets full,… below the visual tokens of the images that are asked about",
+            hint="flashvlm run BUNDLE --visual-only --image FILE --prompt TEXT shows how many one has",
+        )
     budgets = parse_budgets(args.budgets, visual_tokens)
     whole = read_dataset(args.data)
     data = _chosen(whole, args)

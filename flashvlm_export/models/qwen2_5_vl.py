@@ -97,13 +97,13 @@ class Qwen25VLAdapter(Adapter):
         return 30
 
     def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
-        """Return images of six by five visual tokens, every other one of five by six: two by two windows or more."""
+        """Return images of six by five visual tokens, every other one of three by ten, which has fewer windows."""
         dims = self.dims.windows
         assert dims is not None
         unit = dims.patch_size * dims.merge_size
         images = []
         for number in range(batch):
-            rows, columns = (6, 5) if number % 2 == 0 else (5, 6)
+            rows, columns = (6, 5) if number % 2 == 0 else (3, 10)
             noise = structured(torch.rand(1, 3, rows * unit, columns * unit))
             images.append(in_windows(noise[0].numpy(), dims))
         most = max(len(image.patches) for image in images)
@@ -187,7 +187,8 @@ def _heads(block: Any, hidden: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Te
 def _received(query: Tensor, key: Tensor, mask: Tensor, is_patch: Tensor, scale: float) -> Tensor:
     """Return the attention that each patch receives, summed over queries, mean over heads: float32 ``[B, patches]``.
 
-    Head by head: a map of all heads at once would be the largest tensor of the graph.
+    Head by head, so that beside the map of all heads that attention itself makes, where it is not fused, there is no
+    other.
     """
     heads = query.shape[1]
     asks = is_patch.float()[:, None, :]

@@ -198,13 +198,23 @@ def adapter_class(model_type: str) -> type[Adapter]:
     Raises:
         CheckpointError: if no adapter exports this architecture.
     """
-    families = {**{point.name: point.value for point in entry_points(group=ENTRY_POINTS)}, **FAMILIES}
-    target = families.get(model_type)
+    outside = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    target = FAMILIES.get(model_type)
+    if target is None and model_type in outside:
+        try:
+            found: type[Adapter] = outside[model_type].load()
+            return found
+        except Exception as error:  # another package's import: it may raise anything
+            raise CheckpointError(
+                f"the adapter for {model_type!r} of another package cannot be loaded",
+                received=f"{outside[model_type].value}: {type(error).__name__}: {error}",
+                expected=f"an entry point of {ENTRY_POINTS} that imports",
+            ) from error
     if target is None:
         raise CheckpointError(
             "this architecture is not supported yet",
             received=f"model_type {model_type!r}",
-            expected=f"one of {', '.join(families)}",
+            expected=f"one of {', '.join([*FAMILIES, *outside])}",
             hint="flashvlm models lists what can be exported; docs/adding-a-model.md tells how to add one",
         )
     module, _, attribute = target.partition(":")

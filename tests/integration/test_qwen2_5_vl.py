@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,12 @@ import pytest
 import torch
 from helpers.tiny_qwen import make_tiny_qwen
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from test_parity_transformers import PAIRS, photograph
 
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli import main
 from flashvlm_export.errors import ExportError, ImageError, LLMError
 from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
 from flashvlm_export.export.reference import Qwen25VLReference, make_reference
@@ -26,6 +31,7 @@ from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.selection import get_selector, select_tokens
+from flashvlm_export.specs import Precision
 
 NEW_TOKENS = 24
 SIZES = [(640, 480), (480, 640), (140, 140), (1600, 400), (1, 1), (57, 56), (2000, 11), (28, 5600), (171, 333)]
@@ -171,18 +177,71 @@ def test_kept_tokens_are_those_of_the_reference(budget: int, pipeline: Pipeline,
 
 def test_batch_equals_one_by_one(pipeline: Pipeline) -> None:
     """Images of one number of tokens but other windows go through the graph together, others in turn."""
-    sizes = [(140, 112), (112, 140), (140, 112), (640, 480), (280, 28)]
+    sizes = [(140, 112), (280, 56), (140, 112), (640, 480), (280, 28)]  # of the first two, 2 and 3 windows
     asked = [
         (Request([picture(size)], question), Pruning(3)) for size, (_, question) in zip(sizes, PAIRS, strict=False)
     ]
     together = pipeline.encode_each(asked)
-    assert len({prompt.images[0].layout.num_tokens for prompt in together}) < len(sizes)
+    assert [prompt.images[0].layout.num_tokens for prompt in together[:2]] == [20, 20]
+    windows = [len(pipeline.inputs.prepare(picture(size)).inputs["patch_mask"]) for size in sizes[:2]]
+    assert windows[0] != windows[1]
     for one, prompt in zip(asked, together, strict=True):
         alone = pipeline.encode_each([one])[0]
         np.testing.assert_array_equal(prompt.indices[0], alone.indices[0])
         # Other batch sizes let ONNX Runtime choose other kernels, which sum in another order.
         np.testing.assert_allclose(prompt.inputs_embeds, alone.inputs_embeds, rtol=0, atol=1e-4)
         assert greedy(pipeline, prompt) == greedy(pipeline, alone)
+
+
+def test_what_is_asked_by_default_is_what_is_encoded_by_default(pipeline: Pipeline) -> None:
+    request = Request([picture((300, 200))], "What is this?")
+    asked = pipeline.ask(request.images[0], request.question, budget=6, params=SamplingParams(max_new_tokens=2))
+    np.testing.assert_array_equal(asked.prompt.positions, pipeline.encode([request], budget=6)[0].positions)
+    assert asked.prompt.positions.shape[1] == 3
+
+
+def test_checkpoints_of_two_spellings_give_one_bundle(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    """Qwen's own names, which the fixture has, and those since transformers 4.52."""
+    copied = Path(shutil.copytree(checkpoint, tmp_path / "copied"))
+    renamed = {}
+    with safe_open(copied / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # safe_open has keys() and no iteration
+            new = re.sub(r"^model\.", "model.language_model.", name)
+            renamed[re.sub(r"^visual\.", "model.visual.", new)] = file.get_tensor(name)
+    assert {"model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"} < renamed.keys()
+    save_file(renamed, copied / "model.safetensors", metadata={"format": "pt"})
+    settings = ExportSettings(
+        str(copied), tmp_path / "bundle", precisions=[Precision.FP32], decoder="none", engine_check="off"
+    )
+    again = bundle_from_checkpoint(settings).manifest.source.weights_sha256
+    assert (
+        again
+        == bundle_from_checkpoint(
+            replace(settings, model=str(checkpoint), output=tmp_path / "other")
+        ).manifest.source.weights_sha256
+    )
+
+
+def test_calibration_sees_every_layer(bundle: Path, tmp_path: Path) -> None:
+    """RMS norms begin sublayers; tokens, which are features too, are read once."""
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    assert main(["calibrate", str(copied), "--tolerance", "none"]) == 0
+    checks = Bundle.open(copied).manifest.checks["int8"]
+    # A block has attention (two products) and a gated feed-forward part (three); the merger two behind its norm.
+    assert checks["census"]["int8_products"] == 4 * 5 + 2
+    assert checks["calibration"]["layers"] == 4 * 2 + 1
+    with Pipeline.open(copied, precision="int8", llm=None) as vlm:
+        kept = vlm.encode([Request([picture((300, 200))], "What is this?")], budget=6)[0]
+    assert kept.visual_tokens_kept == 6
+
+
+def test_an_evaluation_needs_budgets_that_prune(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shares of the most visual tokens that an image can have would keep all of most images."""
+    assert main(["eval", str(bundle), "--data", "none.jsonl", "--output", str(tmp_path / "results")]) == 2
+    assert "differ in visual tokens" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_transformers_answers_the_same_prompt(bundle: Path, checkpoint: Path, pipeline: Pipeline) -> None:

@@ -173,6 +173,19 @@ def test_the_two_diversity_steps_differ() -> None:
 
 
 @pytest.mark.parametrize("diversity", DIVERSITIES)
+def test_a_graph_of_any_size_compiles_with_tensorrt_rtx(diversity: str, tmp_path: Path) -> None:
+    """Loops whose rows have an input's length, sorted in them or not."""
+    pytest.importorskip("tensorrt_rtx", reason="compiling needs the package tensorrt-rtx-cu12")
+    from flashvlm_export.export.engine_from_onnx import engine_from_onnx
+
+    config = FlashVLMConfig(diversity=diversity, weigh_text=True)
+    graph = replay_graph(tmp_path, config, patches=391, width=64, llm_width=64, any_size=True)
+    engine = io.BytesIO()
+    engine_from_onnx(graph.file, graph.spec, "tensorrt-rtx", engine, profiles=[graph.spec.dims], capabilities=[(8, 6)])
+    assert engine.tell() > 100_000
+
+
+@pytest.mark.parametrize("diversity", DIVERSITIES)
 def test_graph_compiles_with_tensorrt_rtx(diversity: str, graphs: dict[tuple[str, int], Replay]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="compiling needs the package tensorrt-rtx-cu12")
     from flashvlm_export.export.engine_from_onnx import engine_from_onnx
