@@ -7,10 +7,13 @@ interrupted, and asks after such a call.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 _interrupted = False
+_report_others: Callable[[sys.UnraisableHookArgs], object] = sys.__unraisablehook__
 
 
 def install() -> None:
@@ -25,6 +28,9 @@ def install() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _interrupt)
+    if sys.unraisablehook is not _report_unraisable:
+        global _report_others
+        _report_others, sys.unraisablehook = sys.unraisablehook, _report_unraisable
 
 
 def check() -> None:
@@ -47,3 +53,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+def _report_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """Be silent about an interruption that hit a destructor, where Python cannot raise it: it is remembered."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        _report_others(unraisable)

@@ -789,8 +789,8 @@ class TestProcessorFiles:
             lambda config: config.update(size={"shortest_edge": 84}, crop_size={"height": 84, "width": 84}),
         )
         message = self.fails(export, "image processor and vision tower do not belong together")
-        assert "images of (84, 84)" in message
-        assert "(56, 56)" in message
+        assert "images of 84 x 84 pixels" in message
+        assert "images of 56 x 56 pixels" in message
 
     def test_without_a_tokenizer_the_bundle_takes_no_questions_and_says_so(self, export: Export) -> None:
         (export.checkpoint / "tokenizer.json").unlink()
