@@ -125,7 +125,6 @@ def export_decoder(
         num_kv_heads=config.num_key_value_heads,
         head_size=head_size(config),
         max_positions=config.max_position_embeddings,
-        position_axes=3 if position_sections else 1,
     )
     with storage_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)

@@ -46,11 +46,14 @@ class LlavaReference:
         directory: checkpoint in Hugging Face layout.
         language_attention: transformers' attention implementation for the language model; the vision tower's is eager,
             which alone gives attention maps away.
+        pixels: least and most of an image, for models that see it at its own resolution; ``None`` for the checkpoint's.
     """
 
     model_class: ClassVar[Any] = LlavaForConditionalGeneration
 
-    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
+    def __init__(
+        self, directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
+    ) -> None:
         attention = {"": "eager", "vision_config": "eager", "text_config": language_attention}
         self.model: Any = self.model_class.from_pretrained(
             directory, dtype=torch.float32, attn_implementation=attention, local_files_only=True
@@ -252,18 +255,14 @@ _REFERENCES = {"llava": LlavaReference, "llava_next": LlavaNextReference, "qwen2
 def make_reference(
     directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
 ) -> LlavaReference:
-    """Return the reference for the checkpoint's family; raise :class:`CheckpointError` if there is none.
+    """Return the reference for the checkpoint's family; arguments are those of :class:`LlavaReference`.
 
-    Args:
-        directory: checkpoint in Hugging Face layout.
-        language_attention: see :class:`LlavaReference`.
-        pixels: least and most of an image that keeps its own resolution; ``None`` for the checkpoint's own.
+    Raises:
+        CheckpointError: if there is none.
     """
     family = read_config(directory)["model_type"]
     if family not in _REFERENCES:
         raise CheckpointError(
             "there is no PyTorch reference for this architecture", received=family, expected=", ".join(_REFERENCES)
         )
-    if family == "qwen2_5_vl":
-        return Qwen25VLReference(directory, language_attention=language_attention, pixels=pixels)
-    return _REFERENCES[family](directory, language_attention=language_attention)
+    return _REFERENCES[family](directory, language_attention=language_attention, pixels=pixels)

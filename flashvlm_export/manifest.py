@@ -6,7 +6,7 @@ Decoded strictly: a missing field or a wrong type names its place in the file (s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from flashvlm_export.records import decode_record
 from flashvlm_export.specs import GraphSpec, VisualDims
@@ -113,7 +113,6 @@ class DecoderEntry:
         num_kv_heads: key/value heads per layer.
         head_size: channels per head.
         max_positions: longest sequence, prompt and answer together.
-        position_axes: numbers of a position: 1, or 3 for time, row and column (M-RoPE).
     """
 
     file: str
@@ -122,7 +121,6 @@ class DecoderEntry:
     num_kv_heads: int
     head_size: int
     max_positions: int
-    position_axes: int = 1
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class Manifest:
         tools: versions of the packages that wrote the bundle.
         checks: what was measured before the bundle was called good: precision → check → figure.
         split: encoder and selectors apart, by precision, where the bundle has them.
-        position_axes: numbers of a position in the language model, as of its decoder.
+        position_axes: numbers of a position in the language model: 1, or 3 for time, row and column (M-RoPE).
     """
 
     schema_version: int
@@ -156,6 +154,11 @@ class Manifest:
     checks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     split: dict[str, SplitGraphs] = field(default_factory=dict)
     position_axes: int = 1
+
+    @property
+    def default_positions(self) -> Literal["contiguous", "original"]:
+        """Where kept tokens stand if nothing is said: as the authors of FlashVLM have it for either kind of model."""
+        return "contiguous" if self.position_axes == 1 else "original"
 
     def __post_init__(self) -> None:
         if not self.graphs:

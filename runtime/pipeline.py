@@ -195,14 +195,13 @@ class Pipeline:
             images = [image if isinstance(image, SelectedImage) else next(found) for image in request.all_images]
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
             embeds = splice(text_rows, prompt.image_positions, [image.rows for image in images])
-            where = prompt_positions(prompt, images, self.bundle.manifest.position_axes, pruning.positions)
+            where = prompt_positions(prompt, images, self.bundle.manifest.position_axes, self._positions(pruning))
             spliced.append((embeds, where, prompt, images))
         clock.lap("splice")
         return [PrunedPrompt(*parts, dict(clock.laps_ms)) for parts in spliced]
 
-    def _keeps_positions(self, pruning: Pruning) -> bool:
-        """Whether kept tokens stay where they stood."""
-        return _keeps_positions(pruning.positions, self.bundle.manifest.position_axes)
+    def _positions(self, pruning: Pruning) -> Positions:
+        return pruning.positions or self.bundle.manifest.default_positions
 
     def _check_pruning(self, pruning: Pruning) -> int:
         """Return the budget; raise where the graph has no such selector or not so many tokens."""
@@ -221,7 +220,7 @@ class Pipeline:
         if self.llm is None:
             return
         images, most = request.all_images, self.llm.limits.max_positions - 1
-        gaps, manifest = self._keeps_positions(pruning), self.bundle.manifest
+        gaps, manifest = self._positions(pruning) == "original", self.bundle.manifest
         known = [image for image in images if isinstance(image, SelectedImage)]
         # With three axes an image takes as many positions as its longer side has tokens.
         unpruned = [
@@ -472,7 +471,7 @@ def _other_positions(llm: LLMEngine, received: str, axes: int) -> LLMError:
 
 
 def prompt_positions(
-    prompt: TokenizedPrompt, images: Sequence[SelectedImage], axes: int, positions: Positions | None
+    prompt: TokenizedPrompt, images: Sequence[SelectedImage], axes: int, positions: Positions
 ) -> Array:
     """Return where each row of a spliced prompt stands: int64 ``[S]``, or ``[S, 3]`` where positions have three axes.
 
@@ -483,17 +482,13 @@ def prompt_positions(
         positions: see :class:`Pruning`.
     """
     length, placeholders = len(prompt.token_ids), prompt.image_positions
-    if not _keeps_positions(positions, axes):
+    if positions == "contiguous":
         return counted_positions(length - len(images) + sum(len(image.rows) for image in images), axes)
     if axes > 1:
         grids = [image.layout.grids[0] for image in images]
         return splice_axes(length, placeholders, [image.indices for image in images], grids)
     lengths = [image.layout.length for image in images]
     return splice_positions(length, placeholders, [image.places for image in images], lengths)
-
-
-def _keeps_positions(positions: Positions | None, axes: int) -> bool:
-    return axes > 1 if positions is None else positions == "original"
 
 
 @dataclass(frozen=True)

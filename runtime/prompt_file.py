@@ -152,10 +152,11 @@ def read_prompt(path: Path) -> PromptFile:
             wanted = {"inputs_embeds": ("F32", 2), "token_ids": ("I64", 1), "positions": ("I64", 1)}
             wanted |= {f"kept_{number}": ("I64", 1) for number in images}
             wanted |= {f"scores_{number}": ("F32", 1) for number in images}
-            axes = len(opened.get_slice("positions").get_shape()) if "positions" in opened.keys() else 1  # noqa: SIM118  # safe_open has keys() and no iteration
-            wanted["positions"] = ("I64", min(axes, 2))
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # safe_open has keys() and no iteration
+            names = opened.keys()
+            slices = {name: opened.get_slice(name) for name in names}
             have = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+            if have.get("positions") == ("I64", 2):  # of three axes
+                wanted["positions"] = ("I64", 2)
             if have != wanted:
                 raise PromptError(
                     "the prompt file has other tensors than its record says",

@@ -111,6 +111,6 @@ def pipeline_from(args: argparse.Namespace, bundle: Bundle, *, with_llm: bool = 
         threads=args.threads,
         llm=args.llm if with_llm else None,
     )
-    if pipeline.llm is not None and args.positions == "original":
+    if pipeline.llm is not None and (args.positions or bundle.manifest.default_positions) == "original":
         pipeline.llm.require_gaps()
     return pipeline

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     budgets = parse_budgets(args.budgets, visual_tokens)
     whole = read_dataset(args.data)
     data = _chosen(whole, args)
-    args.positions = args.positions or ("contiguous" if bundle.manifest.position_axes == 1 else "original")
+    args.positions = args.positions or bundle.manifest.default_positions
     pipeline = pipeline_from(args, bundle)
     _check_room(args, bundle, budgets)
     chosen = selectors_from(args, bundle)

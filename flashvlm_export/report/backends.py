@@ -188,7 +188,7 @@ def make_pytorch(
         selected = SelectedImage(*rows_and_places, indices, scores[0].numpy(), prepared.layout)
         text = inputs.embeddings.lookup(prompt.token_ids, np.float32)
         spliced = splice(text, prompt.image_positions, [selected.rows])
-        positions = prompt_positions(prompt, [selected], manifest.position_axes, None)
+        positions = prompt_positions(prompt, [selected], manifest.position_axes, manifest.default_positions)
         clock.lap("splice")
         visual = Run(Timing(clock.laps_ms), kept, features[0], indices, scores[0].numpy())
         if manifest.decoder is None:

@@ -114,7 +114,8 @@ class OnnxRuntimeLLM(BatchingLLM):
         self._session = session
         self._dtype = _DTYPES[inputs["inputs_embeds"].type]
         width, vocab_size = inputs["inputs_embeds"].shape[-1], session.get_outputs()[0].shape[-1]
-        return Limits(width, self.entry.max_positions, vocab_size, position_axes=self.entry.position_axes)
+        axes = (*inputs["position_ids"].shape[2:], 1)[0]
+        return Limits(width, self.entry.max_positions, vocab_size, position_axes=axes)
 
     def _close(self) -> None:
         self._session = self._cache = None

@@ -11,8 +11,7 @@ import pytest
 import skimage.data
 import torch
 from helpers.tiny_llava import make_tiny_llava
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, Qwen2Config
 
 from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
@@ -60,10 +59,9 @@ def stale_index(directory: Path) -> None:
 def names_since_4_52(directory: Path) -> None:
     """What transformers 4.52 to 4.57 saved: one ``model.`` in front of every part, the output layer outside."""
     renamed = {}
-    with safe_open(directory / "model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118  # safe_open has keys() and no iteration
-            new = f"model.{name}".replace("language_model.model.", "language_model.")
-            renamed[new.replace("model.language_model.lm_head.", "lm_head.")] = file.get_tensor(name)
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        new = f"model.{name}".replace("language_model.model.", "language_model.")
+        renamed[new.replace("model.language_model.lm_head.", "lm_head.")] = tensor
     assert {"model.image_newline", "lm_head.weight", "model.language_model.embed_tokens.weight"} < renamed.keys()
     save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph, picture
 from helpers.tiny_llava import make_tiny_llava
-from PIL import Image
-from test_parity_transformers import PAIRS, photograph
 from transformers import AutoProcessor
 
 from flashvlm_export.errors import CheckpointError, ConfigError
@@ -23,13 +22,11 @@ from flashvlm_export.export.reference import LlavaNextReference, make_reference
 from flashvlm_export.models import adapter_class
 from flashvlm_export.runtime.heatmap import draw_selection
 from flashvlm_export.runtime.images import load_image
-from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import Request
 from flashvlm_export.selection import get_selector
 
-NEW_TOKENS = 24
 SIZES = [
     (640, 480),
     (480, 640),
@@ -73,16 +70,6 @@ def reference(checkpoint: Path) -> LlavaNextReference:
 @pytest.fixture(scope="module")
 def processor(checkpoint: Path) -> Any:
     return AutoProcessor.from_pretrained(checkpoint)
-
-
-def picture(size: tuple[int, int]) -> Image.Image:
-    width, height = size
-    noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
-
-
-def greedy(pipeline: Pipeline, prompt: Any) -> list[int]:
-    return pipeline.answer(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)).token_ids
 
 
 def ask_transformers(reference: LlavaNextReference, processor: Any, images: list[Any], text: str) -> list[int]:

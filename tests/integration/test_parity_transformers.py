@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import skimage.data
-from sklearn.datasets import load_sample_image
+from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.export.reference import LlavaReference
@@ -19,26 +18,6 @@ from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Request
 from flashvlm_export.selection import get_selector
-
-NEW_TOKENS = 32
-PAIRS = [
-    ("chelsea", "What is the animal looking at?"),
-    ("chelsea", "Is there a dog?"),
-    ("astronaut", "Who is in this picture?"),
-    ("coffee", "What is in the cup?"),
-    ("rocket", "Where is the rocket? Describe the sky."),
-    ("camera", "What does the man hold?"),
-    ("coins", "How many coins are there?"),
-    ("page", "Read the first line."),
-    ("retina", "What colour is this?"),
-    ("china.jpg", "What kind of building is this?"),
-    ("flower.jpg", "Which flower is it, and how many petals does it have?"),
-    ("text", "What is written here?"),
-]
-
-
-def photograph(name: str) -> np.ndarray:
-    return load_sample_image(name) if name.endswith(".jpg") else getattr(skimage.data, name)()
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +29,6 @@ def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
 @pytest.fixture(scope="module")
 def reference(tiny_checkpoint: Path) -> LlavaReference:
     return LlavaReference(tiny_checkpoint)
-
-
-def greedy(pipeline: Pipeline, prompt: Any) -> list[int]:
-    return pipeline.answer(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)).token_ids
 
 
 @pytest.mark.parametrize(("name", "question"), PAIRS)

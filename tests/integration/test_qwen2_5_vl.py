@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph, picture
 from helpers.tiny_qwen import make_tiny_qwen
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
-from test_parity_transformers import PAIRS, photograph
+from safetensors.torch import load_file, save_file
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
@@ -26,14 +24,12 @@ from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle
 from flashvlm_export.export.reference import Qwen25VLReference, make_reference
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.llm.base import SamplingParams
-from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import Pruning, Request
 from flashvlm_export.selection import get_selector, select_tokens
 from flashvlm_export.specs import Precision
 
-NEW_TOKENS = 24
 SIZES = [(640, 480), (480, 640), (140, 140), (1600, 400), (1, 1), (57, 56), (2000, 11), (28, 5600), (171, 333)]
 
 
@@ -61,15 +57,6 @@ def reference(checkpoint: Path) -> Qwen25VLReference:
     found = make_reference(checkpoint)
     assert isinstance(found, Qwen25VLReference)
     return found
-
-
-def picture(size: tuple[int, int]) -> Image.Image:
-    width, height = size
-    return Image.fromarray(np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8))
-
-
-def greedy(pipeline: Pipeline, prompt: Any) -> list[int]:
-    return pipeline.answer(prompt, SamplingParams(max_new_tokens=NEW_TOKENS)).token_ids
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -204,10 +191,9 @@ def test_checkpoints_of_two_spellings_give_one_bundle(checkpoint: Path, bundle: 
     """Qwen's own names, which the fixture has, and those since transformers 4.52."""
     copied = Path(shutil.copytree(checkpoint, tmp_path / "copied"))
     renamed = {}
-    with safe_open(copied / "model.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118  # safe_open has keys() and no iteration
-            new = re.sub(r"^model\.", "model.language_model.", name)
-            renamed[re.sub(r"^visual\.", "model.visual.", new)] = file.get_tensor(name)
+    for name, tensor in load_file(copied / "model.safetensors").items():
+        new = re.sub(r"^model\.", "model.language_model.", name)
+        renamed[re.sub(r"^visual\.", "model.visual.", new)] = tensor
     assert {"model.visual.patch_embed.proj.weight", "model.language_model.norm.weight"} < renamed.keys()
     save_file(renamed, copied / "model.safetensors", metadata={"format": "pt"})
     settings = ExportSettings(
@@ -261,8 +247,7 @@ def test_bad_input_is_refused(bundle: Path, pipeline: Pipeline) -> None:
             Pipeline.open(bundle, llm=engine)
         assert "transformers" in str(caught.value.hint)
     counting = Pipeline.open(bundle)
-    assert isinstance(counting.llm, OnnxRuntimeLLM)
-    counting.llm.entry = replace(counting.llm.entry, position_axes=1)
+    counting.bundle = Bundle(bundle, replace(counting.bundle.manifest, position_axes=1))
     with pytest.raises(LLMError, match="has other positions than this model"):
         counting.load()
 
