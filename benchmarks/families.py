@@ -64,7 +64,7 @@ def visual_tokens(adapter: Adapter) -> int:
     if settings.resolutions:
         height, width = choose_resolution(PHOTOGRAPH, settings.resolutions)
         tiles = (height // dims.image_size, width // dims.image_size)
-        return overview_and_tiles(PHOTOGRAPH, tiles, dims.grid).num_tokens
+        return overview_and_tiles(PHOTOGRAPH, tiles, dims.grid, dims.most_area)[1].num_tokens
     return dims.num_patches
 
 

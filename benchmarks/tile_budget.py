@@ -72,7 +72,7 @@ def main() -> int:
     budgets = [int(text) for text in args.budgets.split(",")]
     inputs, reference = GraphInputs(Bundle.open(args.bundle)), make_reference(args.checkpoint)
     config = get_selector(args.selector).make_config({"diversity": "farthest"})
-    layout = overview_and_tiles((2 * SIDE, 2 * SIDE), (2, 2), (GRID, GRID))
+    order = overview_and_tiles((2 * SIDE, 2 * SIDE), (2, 2), (GRID, GRID))[0].order
     kept_shares: dict[tuple[str, int], list[float]] = {}
     asked = questions(args.questions)
     for seeds, which, question, thing in Progress.on_stderr().track(asked, "questions"):
@@ -82,14 +82,14 @@ def main() -> int:
         text = inputs.text_rows(question, Precision.FP32)[None]
         shown = np.zeros((PICTURES, GRID * GRID), np.bool_)
         shown[1 + which] = owners[which].ravel() == 1 + thing
-        whole = [part.reshape(1, PICTURES * GRID * GRID, *part.shape[2:])[:, layout.order] for part in parts]
+        whole = [part.reshape(1, PICTURES * GRID * GRID, *part.shape[2:])[:, order] for part in parts]
         for budget in budgets:
             mask = np.ones(text.shape[:2], np.bool_)
             together = select_tokens(*whole, text, mask, budget, config)[0]
             repeated = np.repeat(text, PICTURES, 0)
             each = select_tokens(*parts, repeated, np.repeat(mask, PICTURES, 0), budget // PICTURES, config)
             kept = {"whole image": np.zeros(shown.size, np.bool_), "each picture": np.zeros(shown.shape, np.bool_)}
-            kept["whole image"][layout.order[together]] = True
+            kept["whole image"][order[together]] = True
             np.put_along_axis(kept["each picture"], each, True, axis=1)
             for name, marks in kept.items():
                 share = marks.ravel()[shown.ravel()].mean()

@@ -64,7 +64,7 @@ def main() -> None:
             print(f"  {question:42}{said[0]:20}{said[1]}")
             caption = f"{question}\n{said[0]}"
             kept = prompt.images[0]
-            sheets.append(draw_selection(vlm.view(PICTURE), kept.indices, kept.scores, kept.layout.grids, caption))
+            sheets.append(draw_selection(vlm.views(PICTURE), kept.indices, kept.scores, kept.layout.grids, caption))
         save_picture(stack(sheets), args.heatmap)
 
         pruned, unpruned = answers[-1]

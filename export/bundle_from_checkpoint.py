@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flashvlm_export import __version__
-from flashvlm_export.bundle import NEWLINE, PREPROCESSOR, TEXT_EMBEDDINGS, Bundle, describe_files, write_manifest
+from flashvlm_export.bundle import (
+    NEWLINE,
+    PREPROCESSOR,
+    TEXT_EMBEDDINGS,
+    VIDEO_PREPROCESSOR,
+    Bundle,
+    describe_files,
+    write_manifest,
+)
 from flashvlm_export.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +34,11 @@ from flashvlm_export.export.checks import check_graph
 from flashvlm_export.export.engine_check import check_engine_builds
 from flashvlm_export.export.locate import open_weights
 from flashvlm_export.export.onnx_graph import onnx_from_visual_graph
-from flashvlm_export.export.processor_files import read_preprocessor, write_prompt_files
+from flashvlm_export.export.processor_files import (
+    read_preprocessor,
+    read_video_preprocessor,
+    write_prompt_files,
+)
 from flashvlm_export.export.split import write_split_graphs
 from flashvlm_export.export.text_model import (
     count_text_parameters,
@@ -147,6 +159,10 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             progress.step("tokenizer, chat template, image processor")
             prompt = write_prompt_files(weights.directory, staging, adapter, progress)
         (staging / PREPROCESSOR).write_bytes(encode_preprocessor(preprocessor))
+        video = adapter.video if prompt is None or prompt.video_token else None
+        if video is not None:
+            frames = read_video_preprocessor(adapter, weights, progress)
+            (staging / VIDEO_PREPROCESSOR).write_bytes(encode_preprocessor(frames))
         graphs, halves, checks = {}, {}, {}
         for precision in settings.precisions:
             graphs[precision.value], half, checks[precision.value] = _write_graphs(
@@ -180,6 +196,7 @@ def bundle_from_checkpoint(settings: ExportSettings, progress: Progress | None =
             checks=checks,
             split=halves,
             position_axes=3 if adapter.position_sections else 1,
+            video=video,
         )
         write_manifest(staging, manifest)
         Bundle.open(staging)
@@ -289,6 +306,8 @@ def _print_settings(
     progress.note(
         f"visual side  {adapter.family}, {dims.describe_pictures()}, widths {dims.vision_width} → {dims.llm_width}"
     )
+    for note in adapter.notes:
+        progress.note(f"NOTE: {note}")
     progress.note(f"precisions   {', '.join(precision.value for precision in settings.precisions)}")
     progress.note(f"selector     {settings.selector} {asdict(config)}")
     if settings.split:

@@ -55,6 +55,7 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
         progress.note(f"NOTE: {directory} has no chat template; using the one of {adapter.family}")
         template = adapter.default_chat_template
     (target / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    takes_videos = adapter.video_token_id in tokenizer.added_tokens_decoder
     return PromptSettings(
         image_token=image_token,
         image_token_id=adapter.image_token_id,
@@ -62,6 +63,8 @@ def write_prompt_files(directory: Path, target: Path, adapter: Adapter, progress
         eos_token=tokenizer.eos_token or "",
         eos_token_ids=_eos_token_ids(directory, adapter, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
+        video_token=tokenizer.convert_ids_to_tokens(adapter.video_token_id) if takes_videos else "",
+        video_token_id=adapter.video_token_id if takes_videos else None,
     )
 
 
@@ -75,9 +78,30 @@ def read_preprocessor(adapter: Adapter, weights: WeightSource, progress: Progres
         CheckpointError: if there are none, or they give images that the vision tower does not take.
         ConfigError: if the runtime cannot reproduce them exactly.
     """
-    usual = PreprocessorSettings.from_hf(adapter.default_processor)
-    found = adapter.default_processor if weights.directory is None else _processor_config(weights.directory)
-    settings = PreprocessorSettings.from_hf(found)
+    found = adapter.default_processor if weights.directory is None else _image_processor_config(weights.directory)
+    return _fitting(adapter, adapter.default_processor, found, "images", progress)
+
+
+def read_video_preprocessor(adapter: Adapter, weights: WeightSource, progress: Progress) -> PreprocessorSettings:
+    """Return the same for the frames of a video: of the checkpoint's video processor, or else of that for images.
+
+    Raises:
+        CheckpointError, ConfigError: likewise.
+    """
+    usual = adapter.default_video_processor
+    found = usual
+    if weights.directory is not None:
+        found = _processor_config(weights.directory, "video_processor") or _image_processor_config(weights.directory)
+    # A video processor names itself, has the steps of that for images, and a size of its own.
+    own = {key: value for key, value in usual.items() if key in ("image_processor_type", "image_grid_pinpoints")}
+    return _fitting(adapter, usual, {"size": usual["size"], **found, **own}, "frames", progress).of_one_picture
+
+
+def _fitting(
+    adapter: Adapter, usual_config: dict[str, Any], found: dict[str, Any], what: str, progress: Progress
+) -> PreprocessorSettings:
+    """Return the settings ``found`` for the tower, which ``usual_config`` fits."""
+    usual, settings = PreprocessorSettings.from_hf(usual_config), PreprocessorSettings.from_hf(found)
     have, want = (_what_the_tower_sees(each) for each in (settings, usual))
     if have != want:
         raise CheckpointError(
@@ -91,7 +115,7 @@ def read_preprocessor(adapter: Adapter, weights: WeightSource, progress: Progres
     tokens = adapter.dims.num_patches
     if most > tokens * multiple**2:
         progress.note(
-            f"NOTE: images of more than {tokens} visual tokens are scaled down to these, as many as TensorRT sorts; "
+            f"NOTE: {what} of more than {tokens} visual tokens are scaled down to these, as many as TensorRT sorts; "
             f"the checkpoint's own processor goes up to {most // multiple**2}"
         )
     most = min(most, tokens * multiple**2)
@@ -106,10 +130,15 @@ def _what_the_tower_sees(settings: PreprocessorSettings) -> str:
     return f"images of {height} x {width} pixels{tiles}"
 
 
-def _processor_config(directory: Path) -> dict[str, Any]:
-    """Return the image processor's configuration from either of the files that transformers has kept it in."""
-    combined = _read_json(directory / "processor_config.json").get("image_processor")
-    config = combined if isinstance(combined, dict) else _read_json(directory / "preprocessor_config.json")
+def _processor_config(directory: Path, kind: str) -> dict[str, Any]:
+    """Return a processor's configuration from either of the files that transformers has kept it in; empty if none."""
+    combined = _read_json(directory / "processor_config.json").get(kind)
+    alone = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}[kind]
+    return combined if isinstance(combined, dict) else _read_json(directory / alone)
+
+
+def _image_processor_config(directory: Path) -> dict[str, Any]:
+    config = _processor_config(directory, "image_processor")
     if not config:
         raise CheckpointError(
             "the checkpoint has no image processor",

@@ -13,14 +13,17 @@ from PIL import Image
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.vision_utils import get_vision_window_index
 
+from flashvlm_export.bundle import PREPROCESSOR, Bundle
 from flashvlm_export.errors import CheckpointError
 from flashvlm_export.export.checkpoint import read_config
+from flashvlm_export.preprocessor import decode_preprocessor
 from flashvlm_export.selection import select_tokens
 from flashvlm_export.specs import Array
 
@@ -46,18 +49,18 @@ class LlavaReference:
         directory: checkpoint in Hugging Face layout.
         language_attention: transformers' attention implementation for the language model; the vision tower's is eager,
             which alone gives attention maps away.
-        pixels: least and most of an image, for models that see it at its own resolution; ``None`` for the checkpoint's.
     """
 
     model_class: ClassVar[Any] = LlavaForConditionalGeneration
 
-    def __init__(
-        self, directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
         attention = {"": "eager", "vision_config": "eager", "text_config": language_attention}
         self.model: Any = self.model_class.from_pretrained(
             directory, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         ).eval()
+
+    def scale_like(self, bundle: Bundle) -> None:
+        """Scale images down as ``bundle`` does, where it goes further than its checkpoint."""
 
     def encode(self, pixel_values: Array, size: Size | None = None) -> tuple[Array, Array, Array]:
         """Return ``(patch_features [B,N,C], saliency [B,N], visual tokens before pruning [B,N,D])``, float32.
@@ -197,18 +200,43 @@ class LlavaNextReference(LlavaReference):
         return self.model.model.pack_image_features(parts, heights, "default", image_newline=None)
 
 
+class LlavaOnevisionReference(LlavaNextReference):
+    """A LLaVA-OneVision checkpoint, likewise: transformers scales the tokens of tiles down too."""
+
+    model_class: ClassVar[Any] = LlavaOnevisionForConditionalGeneration
+
+    def scale_like(self, bundle: Bundle) -> None:
+        """Scale the tokens of tiles down to those of as many."""
+        self.model.config.vision_aspect_ratio = f"anyres_max_{bundle.manifest.dims.most_area}"
+
+    def _encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        inner = self.model.model
+        layer = self.model.config.vision_feature_layer
+        vision = inner.vision_tower(pixel_values, output_hidden_states=True, output_attentions=True)
+        features = vision.hidden_states[layer]
+        attention = vision.attentions[layer if layer < 0 else layer - 1]
+        return features, attention.sum(2).mean(1), inner.multi_modal_projector(features)
+
+    def _pack(self, parts: list[torch.Tensor], sizes: Sequence[Size]) -> Any:
+        heights = torch.tensor([(height, width) for width, height in sizes])
+        ratio = self.model.config.vision_aspect_ratio
+        return self.model.model.pack_image_features(parts, heights, image_newline=None, vision_aspect_ratio=ratio)
+
+
 class Qwen25VLReference(LlavaReference):
     """A Qwen2.5-VL checkpoint, likewise: its own image processor cuts the pictures up."""
 
     model_class: ClassVar[Any] = Qwen2_5_VLForConditionalGeneration
 
-    def __init__(
-        self, directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, directory: Path, *, language_attention: str = "eager") -> None:
         super().__init__(directory, language_attention=language_attention)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
-        if pixels is not None:
-            self.processor.size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+
+    def scale_like(self, bundle: Bundle) -> None:
+        """Take as few pixels of an image."""
+        settings = decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes())
+        assert settings.pixel_range is not None  # as in every bundle of this family
+        self.processor.size = dict(zip(("shortest_edge", "longest_edge"), settings.pixel_range[1:], strict=True))
 
     def encode_image(self, image: Image.Image, pixel_values: Array) -> tuple[Array, Array, Array]:
         """Return ``(patch_features [1,N,D], saliency [1,N], visual tokens [1,N,D])``; the pixels are its own."""
@@ -249,13 +277,16 @@ class Qwen25VLReference(LlavaReference):
         return self._greedy(max_new_tokens, input_ids=expanded, mm_token_type_ids=kinds, **given)
 
 
-_REFERENCES = {"llava": LlavaReference, "llava_next": LlavaNextReference, "qwen2_5_vl": Qwen25VLReference}
+_REFERENCES = {
+    "llava": LlavaReference,
+    "llava_next": LlavaNextReference,
+    "llava_onevision": LlavaOnevisionReference,
+    "qwen2_5_vl": Qwen25VLReference,
+}
 
 
-def make_reference(
-    directory: Path, *, language_attention: str = "eager", pixels: tuple[int, int] | None = None
-) -> LlavaReference:
-    """Return the reference for the checkpoint's family; arguments are those of :class:`LlavaReference`.
+def make_reference(directory: Path, *, language_attention: str = "eager", like: Bundle | None = None) -> LlavaReference:
+    """Return the reference for the checkpoint's family, which scales images down as the bundle ``like`` does.
 
     Raises:
         CheckpointError: if there is none.
@@ -265,4 +296,7 @@ def make_reference(
         raise CheckpointError(
             "there is no PyTorch reference for this architecture", received=family, expected=", ".join(_REFERENCES)
         )
-    return _REFERENCES[family](directory, language_attention=language_attention, pixels=pixels)
+    reference = _REFERENCES[family](directory, language_attention=language_attention)
+    if like is not None:
+        reference.scale_like(like)
+    return reference

@@ -34,6 +34,7 @@ TEXT_EMBEDDINGS = "text_embeddings.npy"
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 PREPROCESSOR = "preprocessor.json"
+VIDEO_PREPROCESSOR = "video_preprocessor.json"
 
 # Files up to this size are hashed whenever a bundle is opened; `flashvlm inspect --verify` hashes all.
 _HASHED_ON_OPEN_BYTES = 64 << 20

@@ -11,6 +11,7 @@
     ├── JournalError          recorded answers of another bundle, or being written by another process
     ├── EvaluationError       questions that the model could not answer
     ├── ImageError            an image that cannot be read, or is not safe to read
+    ├── VideoError            a video that cannot be read, or has not the frames that are asked for
     ├── CheckpointError       source weights: not found, incomplete, or of the wrong shape
     ├── BundleError           a bundle that is missing, damaged, half-written or too new
     ├── ExportError           the exported graph did not pass a check
@@ -94,6 +95,10 @@ class EvaluationError(FlashVLMError):
 
 class ImageError(FlashVLMError):
     """An image that cannot be decoded, or is too large to decode safely."""
+
+
+class VideoError(FlashVLMError):
+    """A video that cannot be read, has broken frames, or not as many as are asked for."""
 
 
 class CheckpointError(FlashVLMError):

@@ -92,6 +92,8 @@ class PromptSettings:
         eos_token: end-of-sequence text for the template; empty for none.
         eos_token_ids: ids that end an answer.
         pad_token_id: id for padding, if the tokenizer has one.
+        video_token: placeholder text of a video; empty where the model takes none.
+        video_token_id: its id.
     """
 
     image_token: str
@@ -100,6 +102,24 @@ class PromptSettings:
     eos_token: str
     eos_token_ids: list[int]
     pad_token_id: int | None
+    video_token: str = ""
+    video_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How the frames of a video become visual tokens.
+
+    Attributes:
+        frames_per_moment: frames that the encoder sees as one picture, after the other moments and before the next.
+        shrinks: how many times shorter the sides of a frame's grid of visual tokens are, rounded up, than those of a
+            picture's.
+        steps_per_second: steps of the time axis, where positions have one; 0 where they have none.
+    """
+
+    frames_per_moment: int = 1
+    shrinks: int = 1
+    steps_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,6 +159,7 @@ class Manifest:
         checks: what was measured before the bundle was called good: precision → check → figure.
         split: encoder and selectors apart, by precision, where the bundle has them.
         position_axes: numbers of a position in the language model: 1, or 3 for time, row and column (M-RoPE).
+        video: of a model that takes videos.
     """
 
     schema_version: int
@@ -154,6 +175,7 @@ class Manifest:
     checks: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     split: dict[str, SplitGraphs] = field(default_factory=dict)
     position_axes: int = 1
+    video: VideoSettings | None = None
 
     @property
     def default_positions(self) -> Literal["contiguous", "original"]:

@@ -1,17 +1,17 @@
 """``preprocessor.json``: how an image becomes ``pixel_values``, as the checkpoint's own image processor does it.
 
 Read from a Hugging Face ``preprocessor_config.json`` when a bundle is written, and by the runtime when it is opened.
-The steps are those of transformers' ``CLIPImageProcessorPil``, ``LlavaImageProcessorPil`` and
-``LlavaNextImageProcessorPil``. The torchvision variants
-(``CLIPImageProcessor`` where torchvision is installed, ``CLIPImageProcessorFast``) take the same settings but round
-their resize differently, so they differ from it, and from this package, by a few grey levels.
+The steps are those of transformers' ``CLIPImageProcessorPil``, ``LlavaImageProcessorPil``,
+``LlavaNextImageProcessorPil``, ``LlavaOnevisionImageProcessorPil`` and ``Qwen2VLImageProcessorPil``. The torchvision
+variants (``CLIPImageProcessor`` where torchvision is installed, ``CLIPImageProcessorFast``) take the same settings but
+round their resize differently, so they differ from it, and from this package, by a few grey levels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeGuard
 
 import msgspec
@@ -34,12 +34,18 @@ _CLIP_TYPES = frozenset(
 )
 _LLAVA_TYPES = frozenset({"LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"})
 _LLAVA_NEXT_TYPES = frozenset({"LlavaNextImageProcessor", "LlavaNextImageProcessorFast", "LlavaNextImageProcessorPil"})
+_ONEVISION_TYPES = frozenset(
+    {"LlavaOnevisionImageProcessor", "LlavaOnevisionImageProcessorFast", "LlavaOnevisionImageProcessorPil"}
+)
+_TILED_TYPES = _LLAVA_NEXT_TYPES | _ONEVISION_TYPES
 _QWEN_TYPES = frozenset({"Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil"})
-_TYPES = _CLIP_TYPES | _LLAVA_TYPES | _LLAVA_NEXT_TYPES | _QWEN_TYPES
+_TYPES = _CLIP_TYPES | _LLAVA_TYPES | _TILED_TYPES | _QWEN_TYPES
 #: How many times as long as wide an image that keeps its own resolution may be.
 LONGEST = 200
 _QWEN_PIXELS = (56 * 56, 28 * 28 * 1280)
 _LLAVA_NEXT_RESOLUTIONS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+_ONEVISION_SIDE = 384
+_ONEVISION_RESOLUTIONS = [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class PreprocessorSettings:
             may have, in which it keeps its aspect ratio; not together with another resize or with a crop.
         resolutions: heights and widths in pixels to which an image can be scaled before it is cut into tiles of
             the size ``resize``, that of the overview; empty where an image is one picture.
+        pads_several: whether an image is seen as one picture, padded to a square in the mean colour, where a
+            conversation has several.
     """
 
     pad_color: tuple[int, int, int] | None
@@ -71,6 +79,7 @@ class PreprocessorSettings:
     std: tuple[float, float, float] | None
     resolutions: tuple[tuple[int, int], ...] = ()
     pixel_range: tuple[int, int, int] | None = None
+    pads_several: bool = False
 
     def __post_init__(self) -> None:
         sides = [self.shortest_edge, *(self.resize or ()), *(self.crop or ()), *sum(self.resolutions, ())]
@@ -91,6 +100,8 @@ class PreprocessorSettings:
             raise ValueError("resolutions need resize, the size of a tile, and neither crop nor pad_color")
         if any(height % tile[0] or width % tile[1] for height, width in self.resolutions):
             raise ValueError(f"resolutions have to be made of tiles of {tile}, got {self.resolutions}")
+        if self.pads_several and (not self.resolutions or self.mean is None):
+            raise ValueError("pads_several needs resolutions, which it does without, and a mean")
         if self.resample not in _RESAMPLING_FILTERS:
             raise ValueError(f"resample has to be 0 to 5, got {self.resample}")
         if self.pad_color is not None and not all(0 <= level <= 255 for level in self.pad_color):
@@ -120,6 +131,20 @@ class PreprocessorSettings:
         units, least_units = most // multiple**2, -(-least // multiple**2)
         rounded_up = least_units + math.isqrt(least_units * LONGEST) + math.isqrt(least_units // LONGEST) + 3
         return max(units, math.isqrt(units * LONGEST), rounded_up)
+
+    @property
+    def of_one_picture(self) -> PreprocessorSettings:
+        """The same without tiles, as a frame of a video is seen."""
+        return replace(self, resolutions=(), pads_several=False)
+
+    @property
+    def of_several(self) -> PreprocessorSettings:
+        """The same for an image that is one of several in a conversation."""
+        if not self.pads_several:
+            return self
+        assert self.mean is not None  # __post_init__ refuses that it is missing
+        red, green, blue = (int(255 * value) for value in self.mean)
+        return replace(self.of_one_picture, pad_color=(red, green, blue))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> PreprocessorSettings:
@@ -163,7 +188,7 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         raise _refused("data_format", config["data_format"], "channels_first")
 
     pad_color = None
-    if kind not in _LLAVA_NEXT_TYPES and _flag(config, "do_pad", False):  # there, pads a batch to the most tiles
+    if kind not in _TILED_TYPES and _flag(config, "do_pad", False):  # there, pads a batch to the most tiles
         if kind not in _LLAVA_TYPES:
             raise _refused("do_pad", True, f"false for {kind}: it pads a batch to its largest image")
         mean = _triple(config, "image_mean", _CLIP_MEAN)
@@ -177,15 +202,17 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
     pixel_range = _pixel_range(config) if kind in _QWEN_TYPES else None
     if _flag(config, "do_resize", True):
         if pixel_range is None:
-            shortest_edge, resize = _resize(config)
+            side = _ONEVISION_SIDE if kind in _ONEVISION_TYPES else _CLIP_SIDE
+            shortest_edge, resize = _resize(config, {"shortest_edge": side})
         resample = config.get("resample", _BICUBIC)
         if not isinstance(resample, int) or isinstance(resample, bool) or resample not in _RESAMPLING_FILTERS:
             raise _refused("resample", resample, "0 to 5, a filter of PIL.Image.Resampling")
-    crops = kind not in _QWEN_TYPES and _flag(config, "do_center_crop", True)
+    crops = kind not in _QWEN_TYPES and _flag(config, "do_center_crop", kind not in _ONEVISION_TYPES)
     crop = _crop(config) if crops else None
     resolutions: tuple[tuple[int, int], ...] = ()
-    if kind in _LLAVA_NEXT_TYPES:
-        resolutions = _resolutions(config)
+    if kind in _TILED_TYPES:
+        usual = _LLAVA_NEXT_RESOLUTIONS if kind in _LLAVA_NEXT_TYPES else _ONEVISION_RESOLUTIONS
+        resolutions = _resolutions(config.get("image_grid_pinpoints", usual))
         if shortest_edge is not None:
             resize, shortest_edge = (shortest_edge, shortest_edge), None
         # Tiles are made in the size of the crop; of that of the resize too, neither changes them any more.
@@ -220,6 +247,7 @@ def _from_hf(config: Mapping[str, Any]) -> PreprocessorSettings:
         std=normalize[1] if normalize else None,
         resolutions=resolutions,
         pixel_range=pixel_range,
+        pads_several=kind in _ONEVISION_TYPES and normalize is not None,
     )
 
 
@@ -239,16 +267,15 @@ def _pixel_range(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return multiple, least, min(most, _MAX_SIDE**2)
 
 
-def _resolutions(config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    value = config.get("image_grid_pinpoints", _LLAVA_NEXT_RESOLUTIONS)
+def _resolutions(value: object) -> tuple[tuple[int, int], ...]:
     if not isinstance(value, (list, tuple)) or not value:
         raise _refused("image_grid_pinpoints", value, "a list of [height, width]")
     return tuple(_height_width(pair, "image_grid_pinpoints", "[height, width]") for pair in value)
 
 
-def _resize(config: Mapping[str, Any]) -> tuple[int | None, tuple[int, int] | None]:
+def _resize(config: Mapping[str, Any], usual: Mapping[str, int]) -> tuple[int | None, tuple[int, int] | None]:
     """Return ``shortest_edge`` or ``(height, width)`` of ``size``, in any of its layouts; the other is ``None``."""
-    size = config.get("size", {"shortest_edge": _CLIP_SIDE})
+    size = config.get("size", usual)
     if _is_side(size):
         square = _flag(config, "default_to_square", False)
         return (None, (size, size)) if square else (size, None)
@@ -302,6 +329,6 @@ def _refused(key: str, value: object, expected: str) -> ConfigError:
         f"the image processor's `{key}` cannot be reproduced exactly",
         received=f"{key} = {value!r}",
         expected=expected,
-        hint="only the image processors of CLIP, LLaVA, LLaVA-NeXT and Qwen2.5-VL are supported; see "
+        hint="only the image processors of CLIP, the LLaVA family and Qwen2.5-VL are supported; see "
         "preprocessor_config.json",
     )

@@ -88,6 +88,10 @@ class TensorSpec:
             )
 
 
+#: Tokens of many tiles are scaled down where their grid's sides get shorter by more than this (LLaVA-OneVision).
+SHORTENED = 1.1
+
+
 @dataclass(frozen=True)
 class WindowDims:
     """How an image at its own resolution is cut up (Qwen2.5-VL).
@@ -132,6 +136,8 @@ class VisualDims:
         llm_width: channels of an LLM embedding (``D``).
         most_tiles: pictures of ``image_size`` in which one image is seen, at most: an overview and tiles; 1 for models
             that see it as one.
+        most_area: pictures whose tokens those of all tiles are scaled down to, where they are clearly more; 0 for
+            never.
         windows: how an image at its own resolution is cut up; ``None`` where it is scaled to ``image_size``.
     """
 
@@ -141,6 +147,7 @@ class VisualDims:
     vision_width: int
     llm_width: int
     most_tiles: int = 1
+    most_area: int = 0
     windows: WindowDims | None = None
 
     @property
@@ -246,9 +253,11 @@ def _pictures(dims: VisualDims) -> tuple[TensorSpec, ...]:
         )
     if dims.most_tiles == 1:
         return (TensorSpec("pixel_values", "float32", ("batch", 3, side, side)),)
+    corners = (4,) if dims.most_area else ()  # neighbours that a token of a grid that is scaled down lies between
     return (
         TensorSpec("pixel_values", "float32", ("tiles", 3, side, side)),
-        TensorSpec("layout", "int64", ("batch", "visual")),
+        TensorSpec("layout", "int64", ("batch", "visual", *corners)),
+        *(TensorSpec("layout_weights", "float32", ("batch", "visual", each)) for each in corners),
     )
 
 
@@ -295,13 +304,14 @@ def _dynamic(dims: VisualDims) -> tuple[DynamicDim, ...]:
             text,
             DynamicDim("budget", 1, max(1, usual * 2 // 9), n),
         )
-    # Each image has its overview; the paper's 640 of 2,880 tokens are as many per tile as 128 of 576.
+    # The paper keeps 640 of LLaVA-NeXT's 2,880 tokens, as it keeps 128 of 576.
+    tiles = dims.most_tiles
     return (
-        DynamicDim("tiles", 2, dims.most_tiles, 2 * dims.most_tiles),
+        DynamicDim("tiles", 1, tiles, 2 * tiles),
         DynamicDim("batch", 1, 1, 2),
-        DynamicDim("visual", n // dims.most_tiles, n, n),
+        DynamicDim("visual", n // tiles, n, n),
         text,
-        DynamicDim("budget", 1, min(128 * dims.most_tiles, n), n),
+        DynamicDim("budget", 1, max(1, n * 2 // 9), n),
     )
 
 

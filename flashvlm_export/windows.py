@@ -37,17 +37,18 @@ class WindowedImage:
 
 
 def in_windows(pixels: Array, dims: WindowDims) -> WindowedImage:
-    """Return the image ``pixels`` float32 ``[3, H, W]``, whose sides are multiples of a visual token's.
+    """Return the image ``pixels`` float32 ``[frames, 3, H, W]``, whose sides are multiples of a visual token's.
 
-    A still image stands for each of the frames that a patch holds.
+    The frames are those that a patch holds; a still image stands for each of them.
     """
     patch, merge, side = dims.patch_size, dims.merge_size, dims.side
-    channels, height, width = pixels.shape
+    frames, channels, height, width = pixels.shape
     rows, columns = height // (patch * merge), width // (patch * merge)
     down, right = math.ceil(rows / side), math.ceil(columns / side)
-    # [token row, patch row in it, pixel row, …] → [token row, token column, patch row, patch column, channel, …]
-    cut = pixels.reshape(channels, rows, merge, patch, columns, merge, patch).transpose(1, 4, 2, 5, 0, 3, 6)
-    values = np.repeat(cut[:, :, :, :, :, None], dims.frames, axis=5).reshape(rows, columns, merge**2, -1)
+    # [frame, channel, token row, patch row in it, pixel row, token column, …] → [token row, token column, patch row,
+    # patch column, channel, frame, pixel row, pixel column]
+    cut = pixels.reshape(frames, channels, rows, merge, patch, columns, merge, patch).transpose(2, 5, 3, 6, 1, 0, 4, 7)
+    values = np.repeat(cut, dims.frames // frames, axis=5).reshape(rows, columns, merge**2, -1)
     places = np.stack(np.meshgrid(np.arange(rows * merge), np.arange(columns * merge), indexing="ij"), -1)
     places = places.reshape(rows, merge, columns, merge, 2).transpose(0, 2, 1, 3, 4).reshape(rows, columns, merge**2, 2)
     border = ((0, down * side - rows), (0, right * side - columns), (0, 0))

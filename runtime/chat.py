@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
-from flashvlm_export.runtime.request import Answer, Exchange, Pruning, Request
+from flashvlm_export.runtime.request import Answer, Exchange, Pruning, Request, Visual
 from flashvlm_export.specs import check_budget
 
 
@@ -40,7 +39,7 @@ class Chat:
     def ask(
         self,
         question: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[Visual] = (),
         *,
         params: SamplingParams | None = None,
         on_text: Callable[[str], object] = lambda piece: None,

@@ -162,31 +162,29 @@ def splice_positions(
 
 
 def splice_axes(
-    length: int, image_positions: Sequence[int], kept: Sequence[Rows], grids: Sequence[tuple[int, int]]
+    length: int, image_positions: Sequence[int], kept: Sequence[Rows], axes: Sequence[Rows]
 ) -> npt.NDArray[np.int64]:
     """Return the same with three numbers for each row: time, row and column (M-RoPE, arXiv 2409.12191).
 
-    Those of text are alike. An image's visual tokens have the time of its first one, and their row and column besides;
-    text goes on behind its longer side.
+    Those of text are alike. Those of an image or a video count from where it stands; text goes on behind the largest of
+    them all.
 
     Args:
         length: tokens of the prompt, placeholders included.
         image_positions: indices of the placeholders, ascending.
         kept: per image int64 ``[K_i]``, ascending: which of its visual tokens are kept.
-        grids: per image its rows and columns of visual tokens without pruning.
+        axes: per image int64 ``[N_i, 3]``: time, row and column of each visual token without pruning, from 0.
 
     Returns:
         int64 ``[length - n + sum(K_i), 3]``.
     """
     pieces = []
     start = behind = 0
-    for position, indices, (rows, columns) in zip(image_positions, kept, grids, strict=True):
-        first = position + behind
+    for position, indices, places in zip(image_positions, kept, axes, strict=True):
         pieces.append(np.repeat(np.arange(start, position)[:, None] + behind, 3, axis=1))
-        axes = (np.zeros_like(indices), indices // columns, indices % columns)
-        pieces.append(first + np.stack(axes, axis=1))
+        pieces.append(position + behind + places[indices])
         start = position + 1
-        behind += max(rows, columns) - 1
+        behind += int(places.max())
     pieces.append(np.repeat(np.arange(start, length)[:, None] + behind, 3, axis=1))
     return np.concatenate(pieces).astype(np.int64)
 

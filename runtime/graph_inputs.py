@@ -6,21 +6,39 @@ rows of the embedding table, which calibration can do with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from flashvlm_export.bundle import CHAT_TEMPLATE, NEWLINE, PREPROCESSOR, TEXT_EMBEDDINGS, TOKENIZER, Bundle
+from flashvlm_export.bundle import (
+    CHAT_TEMPLATE,
+    NEWLINE,
+    PREPROCESSOR,
+    TEXT_EMBEDDINGS,
+    TOKENIZER,
+    VIDEO_PREPROCESSOR,
+    Bundle,
+)
 from flashvlm_export.errors import UsageError
 from flashvlm_export.preprocessor import decode_preprocessor
 from flashvlm_export.runtime.embeddings import Rows, TextEmbeddings, pad_text
 from flashvlm_export.runtime.images import ImageSource, load_image
-from flashvlm_export.runtime.layout import ImageLayout, one_picture, overview_and_tiles
+from flashvlm_export.runtime.layout import (
+    ImageLayout,
+    Size,
+    TokenRows,
+    interpolated,
+    one_picture,
+    overview_and_tiles,
+    with_newline_at_end,
+)
 from flashvlm_export.runtime.preprocess import ImagePreprocessor
 from flashvlm_export.runtime.prompt import PromptBuilder
-from flashvlm_export.specs import Array, Precision
+from flashvlm_export.runtime.video import frames_differ
+from flashvlm_export.specs import Array, Precision, WindowDims
 from flashvlm_export.windows import in_windows
 
 # Tokens of a prompt that is made up: as many as a templated question of a dozen words has.
@@ -34,13 +52,15 @@ class PreparedImage:
     Attributes:
         inputs: by name of the graph's input, arrays that begin with the image's pictures, or its windows.
         layout: of its visual tokens.
-        part_tokens: visual tokens that the encoder makes of a picture or a window; 0 where an image is one picture,
-            whose tokens need no layout.
+        rows: of which of the encoder's rows each visual token is made; ``None`` where an image is one picture, whose
+            rows they are.
+        part_rows: rows that the encoder makes of a picture or a window.
     """
 
     inputs: Mapping[str, Array]
     layout: ImageLayout
-    part_tokens: int = 0
+    rows: TokenRows | None = None
+    part_rows: int = 0
 
 
 def encoder_feeds(images: Sequence[PreparedImage]) -> dict[str, Array]:
@@ -53,9 +73,13 @@ def encoder_feeds(images: Sequence[PreparedImage]) -> dict[str, Array]:
     else:
         feeds = {name: np.concatenate(each) for name, each in arrays.items()}
         before = np.cumsum([0, *parts[:-1]])
-    if images[0].part_tokens:
-        orders = np.stack([image.layout.order for image in images])
-        feeds["layout"] = orders + before[:, None] * images[0].part_tokens
+    rows = [image.rows for image in images if image.rows is not None]
+    if rows:
+        offsets = before * images[0].part_rows
+        feeds["layout"] = np.stack([each.order + offset for each, offset in zip(rows, offsets, strict=True)])
+        weights = [each.weights for each in rows if each.weights is not None]
+        if weights:
+            feeds["layout_weights"] = np.stack(weights)
     return feeds
 
 
@@ -90,6 +114,7 @@ class GraphInputs:
         embeddings: the embedding table.
         preprocess: images to ``pixel_values``.
         prompts: questions to tokens; ``None`` without a tokenizer.
+        video: how videos are seen; ``None`` where the model takes none.
         newline: float32 ``[D]``, the embedding that ends a line of tiles; ``None`` where images are one picture.
 
     Raises:
@@ -99,8 +124,12 @@ class GraphInputs:
     def __init__(self, bundle: Bundle) -> None:
         self.embeddings = TextEmbeddings(bundle.file(TEXT_EMBEDDINGS))
         self.preprocess = ImagePreprocessor(decode_preprocessor(bundle.file(PREPROCESSOR).read_bytes()))
+        self._several = ImagePreprocessor(self.preprocess.settings.of_several)
         self.newline: Array | None = np.load(bundle.file(NEWLINE)) if NEWLINE in bundle.manifest.files else None
-        self._dims = bundle.manifest.dims
+        self._dims, self.video = bundle.manifest.dims, bundle.manifest.video
+        self._frames: ImagePreprocessor | None = None
+        if self.video is not None:
+            self._frames = ImagePreprocessor(decode_preprocessor(bundle.file(VIDEO_PREPROCESSOR).read_bytes()))
         self.prompts: PromptBuilder | None = None
         if bundle.manifest.prompt is not None:
             template = bundle.file(CHAT_TEMPLATE).read_text(encoding="utf-8")
@@ -136,15 +165,50 @@ class GraphInputs:
         prepared = self.prepare(load_image(image))
         return visual_feeds([prepared], [text_rows], min(budget, prepared.layout.num_tokens))
 
-    def prepare(self, image: Image.Image) -> PreparedImage:
-        """Return a picture of mode ``RGB`` ready for the encoder; raises as :class:`ImagePreprocessor` does."""
-        dims, pixels = self._dims, self.preprocess([image])
+    def prepare(self, image: Image.Image, *, several: bool = False) -> PreparedImage:
+        """Return a picture of mode ``RGB`` ready for the encoder; raises as :class:`ImagePreprocessor` does.
+
+        Some models see it otherwise where it is one of ``several`` in a conversation.
+        """
+        dims = self._dims
+        if several and self.preprocess.settings.pads_several:
+            layout = with_newline_at_end(one_picture(dims.grid))
+            return PreparedImage({"pixel_values": self._several([image])}, layout, *self._rows(dims.grid))
+        pixels = self.preprocess([image])
         if dims.windows is not None:
-            cut = in_windows(pixels[0], dims.windows)
-            inputs = {"pixel_values": cut.patches, "patch_positions": cut.positions, "patch_mask": cut.mask}
-            return PreparedImage(inputs, ImageLayout(cut.order, (cut.grid,)), dims.windows.window_tokens)
+            return _windows(pixels, dims.windows)
         inputs = {"pixel_values": pixels}
         if dims.most_tiles == 1:
             return PreparedImage(inputs, one_picture(dims.grid))
-        layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), dims.grid)
-        return PreparedImage(inputs, layout, dims.grid[0] * dims.grid[1])
+        rows, layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), dims.grid, dims.most_area)
+        return PreparedImage(inputs, layout, rows, math.prod(dims.grid))
+
+    def prepare_moment(self, frames: Sequence[Image.Image]) -> PreparedImage:
+        """Return frames of mode ``RGB`` that the encoder sees together, of which the last may be missing, ready for it.
+
+        Raises:
+            UsageError: if the model takes no videos.
+            VideoError: if they differ in size.
+        """
+        dims = self._dims
+        if self.video is None or self._frames is None:
+            raise UsageError("this model takes no videos", hint="ask about some of its frames as images")
+        if len({frame.size for frame in frames}) > 1:
+            raise frames_differ([f"{frame.width} x {frame.height}" for frame in frames])
+        missing = self.video.frames_per_moment - len(frames)
+        pixels = self._frames([*frames, *(frames[-1] for _ in range(missing))])
+        if dims.windows is not None:
+            return _windows(pixels, dims.windows)
+        grid = (-(-dims.grid[0] // self.video.shrinks), -(-dims.grid[1] // self.video.shrinks))
+        return PreparedImage({"pixel_values": pixels}, one_picture(grid), *self._rows(grid))
+
+    def _rows(self, grid: Size) -> tuple[TokenRows, int]:
+        """Return of which rows the tokens of one picture are made that is scaled down to ``grid``, and their number."""
+        numbers = np.arange(math.prod(self._dims.grid)).reshape(self._dims.grid)
+        return interpolated(numbers, grid), numbers.size
+
+
+def _windows(pixels: Array, dims: WindowDims) -> PreparedImage:
+    cut = in_windows(pixels, dims)
+    inputs = {"pixel_values": cut.patches, "patch_positions": cut.positions, "patch_mask": cut.mask}
+    return PreparedImage(inputs, one_picture(cut.grid), TokenRows(cut.order), dims.window_tokens)

@@ -22,26 +22,28 @@ _STOPS = np.array([[0, 0, 4], [60, 15, 112], [158, 44, 98], [229, 92, 48], [251,
 
 
 def draw_selection(
-    view: Image.Image, indices: Array, scores: Array, grids: Sequence[tuple[int, int]], caption: str
+    views: Sequence[Image.Image], indices: Array, scores: Array, grids: Sequence[tuple[int, int]], caption: str
 ) -> Image.Image:
     """Return two panels beside each other, or two for each grid, with a caption below.
 
     Args:
-        view: the picture that the encoder saw.
+        views: the picture that the encoder saw, or one for each moment of a video, all of one size.
         indices: int ``[K]``: kept visual tokens.
         scores: float ``[N]``: score of each.
-        grids: rows and columns of the grids that the tokens form one after the other, each over the whole picture; see
+        grids: rows and columns of the grids that the tokens form one after the other, each over a whole picture; see
             :class:`ImageLayout`.
         caption: one or more lines, such as question and answer, wrapped to the width.
     """
     if sum(rows * columns for rows, columns in grids) != len(scores):
         raise ConfigError("scores do not fill the patch grids", received=len(scores), expected=grids)
-    scale = _SIDE / max(view.size)
-    size = (max(1, round(view.width * scale)), max(1, round(view.height * scale)))
-    pixels = np.asarray(view.resize(size, Image.Resampling.LANCZOS), np.float32)
+    scale = _SIDE / max(views[0].size)
+    size = (max(1, round(views[0].width * scale)), max(1, round(views[0].height * scale)))
+    shown_pixels = [np.asarray(view.resize(size, Image.Resampling.LANCZOS), np.float32) for view in views]
 
-    # Ranks, not scores: a handful of patches holds nearly all of the score.
-    heat = _colour(np.argsort(np.argsort(scores)) / max(1, len(scores) - 1))
+    # Ranks, not scores: a handful of patches holds nearly all of the score. Those of moments do not compare.
+    ends = np.cumsum([rows * columns for rows, columns in grids])[:-1]
+    ranked = np.split(scores, ends) if len(views) > 1 else [scores]
+    heat = np.concatenate([_colour(np.argsort(np.argsort(part)) / max(1, len(part) - 1)) for part in ranked])
     kept = np.zeros(len(scores), np.float32)
     kept[indices] = 1
 
@@ -56,10 +58,12 @@ def draw_selection(
     for number, (rows, columns) in enumerate(shown):
         part = slice(first, first + rows * columns)
         first = part.stop
+        pixels = shown_pixels[min(number, len(shown_pixels) - 1)]
         left = 0.35 * pixels + 0.65 * _upsample(heat[part].reshape(rows, columns, 3), size)
         mask = _upsample(kept[part].reshape(rows, columns, 1), size)
         right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
         of_it = "" if len(shown) == 1 else f", {'overview' if number == 0 else 'tiles'}"
+        of_it = f", moment {number + 1}" if len(views) > 1 else of_it
         titles = (f"score, by rank{of_it}", f"kept: {int(kept[part].sum())} of {rows * columns} visual tokens{of_it}")
         for column, (panel, title) in enumerate(zip((left, right), titles, strict=True)):
             corner = (_GAP + column * (_SIDE + _GAP), _GAP + number * step)

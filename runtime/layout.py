@@ -1,45 +1,53 @@
-"""Which of the encoder's rows an image's visual tokens are, in which order, and which lines they form.
+"""Where an image's visual tokens come from in the encoder's output, and how they stand in a prompt.
 
 An image is seen as one picture, or, at high resolution, as an overview and tiles (arXiv 2310.03744, LLaVA-NeXT). The
 tiles' patches then stand in the prompt line by line across all tiles, without the borders that only fill tiles up, and
-each line ends with the model's newline embedding.
+each line ends with the model's newline embedding. LLaVA-OneVision (arXiv 2408.03326) also scales grids down behind the
+encoder, those of many tiles and those of a video's frames; a video is a clip of pictures, one after the other.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from flashvlm_export.specs import Array
+from flashvlm_export.specs import SHORTENED, Array
 
 Size = tuple[int, int]
 
 
+def _no_lines() -> Array:
+    return np.empty((0, 2), np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class ImageLayout:
-    """The visual tokens of one image before pruning.
+    """The visual tokens of one image, or of a clip, before pruning.
 
     Attributes:
-        order: int64 ``[N]``: row of the encoder's output, over all tiles, that each visual token is.
-        grids: rows and columns of the grids that the tokens form one after the other, each over the whole picture: that
-            of the overview, which has no newlines, and that of the tiles, if any, which has.
+        grids: rows and columns of the grids that the tokens form one after the other: that of the overview and that of
+            the tiles, if any, both of the whole picture; or those of a clip's frames.
+        lines: int64 ``[L, 2]``, ascending: first token of each line that ends with a newline, and the one behind its
+            last.
+        times: of each grid of a clip, in steps of the time axis; empty where all are of one moment.
     """
 
-    order: Array
     grids: tuple[Size, ...]
+    lines: Array = field(default_factory=_no_lines)
+    times: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens of the image (``N``), newlines not counted."""
-        return len(self.order)
+        return sum(math.prod(grid) for grid in self.grids)
 
     @property
     def length(self) -> int:
         """Rows that the image takes in a prompt without pruning: its visual tokens, and newlines."""
-        return len(self.order) + sum(rows for rows, _ in self.grids[1:])
+        return self.num_tokens + len(self.lines)
 
     def spread(self, indices: Array, tokens: Array, newline: Array | None) -> tuple[Array, Array]:
         """Return what stands in the prompt for an image of which some visual tokens are kept.
@@ -54,44 +62,104 @@ class ImageLayout:
         Returns:
             ``[R, D]``, and int64 ``[R]``: where each row stands among the :attr:`length` of the unpruned image.
         """
-        if newline is None:
+        if newline is None or not len(self.lines):
             return tokens, indices
-        overview, (rows, columns) = math.prod(self.grids[0]), self.grids[1]
-        lines = np.arange(rows)
-        if len(indices) < self.num_tokens:
-            lines = np.unique((indices[indices >= overview] - overview) // max(columns, 1))
-        newlines = overview + lines * (columns + 1) + columns
+        first, end = np.searchsorted(indices, self.lines.T)
+        shown = (first < end) | (len(indices) == self.num_tokens)
+        newlines = self.lines[shown, 1] + np.flatnonzero(shown)
         places = np.concatenate([self.places_of(indices), newlines])
         order = np.argsort(places)
-        return np.concatenate([tokens, np.broadcast_to(newline, (len(lines), len(newline)))])[order], places[order]
+        return np.concatenate([tokens, np.broadcast_to(newline, (len(newlines), len(newline)))])[order], places[order]
 
     def places_of(self, indices: Array) -> Array:
         """Return int64 ``[K]``: where the visual tokens of ``indices [K]`` stand among all rows of the image."""
-        if len(self.grids) == 1:
-            return indices
-        overview, (_, columns) = math.prod(self.grids[0]), self.grids[1]
-        return indices + np.maximum(indices - overview, 0) // max(columns, 1)
+        return indices + np.searchsorted(self.lines[:, 1], indices, side="right")
+
+    def axes(self) -> Array:
+        """Return int64 ``[N, 3]``: time, row and column of each visual token, from 0 (M-RoPE, arXiv 2409.12191)."""
+        times = self.times or (0,) * len(self.grids)
+        each = [
+            np.stack(np.meshgrid([time], np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 3)
+            for time, (rows, columns) in zip(times, self.grids, strict=True)
+        ]
+        return np.concatenate(each).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Of which of the encoder's rows, over all tiles or windows of an image, each visual token is made.
+
+    Attributes:
+        order: int64 ``[N]``; or ``[N, 4]`` where tokens are interpolated.
+        weights: float32 ``[N, 4]``, how much each counts; ``None`` where a token is one row.
+    """
+
+    order: Array
+    weights: Array | None = None
 
 
 def one_picture(grid: Size) -> ImageLayout:
     """Return the layout of an image that is one picture of ``grid`` patch rows and columns."""
-    return ImageLayout(np.arange(math.prod(grid), dtype=np.int64), (grid,))
+    return ImageLayout((grid,))
 
 
-def overview_and_tiles(size: Size, tiles: Size, grid: Size) -> ImageLayout:
-    """Return the layout of an image of ``size`` (width, height) seen in ``tiles`` (rows, columns) and an overview.
+def with_newline_at_end(layout: ImageLayout) -> ImageLayout:
+    """Return a layout without lines as one line, which ends with a newline."""
+    return ImageLayout(layout.grids, np.array([[0, layout.num_tokens]]), layout.times)
+
+
+def clip(frames: Sequence[ImageLayout], times: Sequence[int] = ()) -> ImageLayout:
+    """Return the layout of ``frames``, each of one grid, one after the other."""
+    return ImageLayout(tuple(grid for frame in frames for grid in frame.grids), times=tuple(times))
+
+
+def overview_and_tiles(size: Size, tiles: Size, grid: Size, most_area: int = 0) -> tuple[TokenRows, ImageLayout]:
+    """Return rows and layout of an image of ``size`` (width, height) seen in ``tiles`` (rows, columns) and an overview.
 
     Args:
         size: of the image, in pixels.
         tiles: rows and columns of tiles.
         grid: patch rows and columns of a tile.
+        most_area: tokens of how many tiles those of all tiles are scaled down to, where they are clearly more
+            (``anyres_max`` of LLaVA-OneVision); 0 for never. All tokens are then interpolated, most from one row.
     """
     per_tile = math.prod(grid)
     # Of [tile rows, tile columns, rows, columns] into lines across all tiles; the overview is the first tile.
     numbers = per_tile + np.arange(math.prod(tiles) * per_tile, dtype=np.int64).reshape(*tiles, *grid)
     lines = numbers.transpose(0, 2, 1, 3).reshape(tiles[0] * grid[0], tiles[1] * grid[1])
     lines = lines[_without_borders(size, lines.shape)]
-    return ImageLayout(np.concatenate([np.arange(per_tile), lines.ravel()]), (grid, lines.shape))
+    overview = np.arange(per_tile).reshape(grid)
+    if not most_area:
+        shape, rows = lines.shape, TokenRows(np.concatenate([overview.ravel(), lines.ravel()]))
+    else:
+        shorter = math.sqrt(lines.size / (most_area * per_tile))
+        small = shorter > SHORTENED
+        shape = (int(lines.shape[0] // shorter), int(lines.shape[1] // shorter)) if small else lines.shape
+        parts = [interpolated(overview, grid), interpolated(lines, shape)]
+        rows = TokenRows(
+            np.concatenate([part.order for part in parts]), np.concatenate([part.weights for part in parts])
+        )
+    ends = per_tile + shape[1] * np.arange(1, shape[0] + 1)
+    return rows, ImageLayout((grid, shape), np.stack([ends - shape[1], ends], 1))
+
+
+def interpolated(numbers: Array, grid: Size) -> TokenRows:
+    """Return rows for a ``grid`` to which that of ``numbers [rows, columns]``, rows of the encoder, is scaled.
+
+    Bilinear, as ``torch.nn.functional.interpolate`` without aligned corners, in its precision.
+    """
+    (down, below, lower), (left, right, farther) = map(_neighbours, numbers.shape, grid)
+    corners = [numbers[np.ix_(row, column)] for row in (down, below) for column in (left, right)]
+    weights = [row[:, None] * column[None] for row in (1 - lower, lower) for column in (1 - farther, farther)]
+    return TokenRows(*(np.stack([part.ravel() for part in parts], 1) for parts in (corners, weights)))
+
+
+def _neighbours(old: int, new: int) -> tuple[Array, Array, Array]:
+    """Return for each of ``new`` places the two of ``old`` places beside it, and the second one's weight, float32."""
+    place = (np.arange(new, dtype=np.float32) + np.float32(0.5)) * np.float32(old / max(new, 1)) - np.float32(0.5)
+    place = np.maximum(place, np.float32(0))
+    first = place.astype(np.int64)
+    return first, np.minimum(first + 1, max(old - 1, 0)), place - first.astype(np.float32)
 
 
 def choose_resolution(size: Size, resolutions: Sequence[Size]) -> Size:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -25,15 +25,25 @@ from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageErro
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_axes, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, PreparedImage, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
-from flashvlm_export.runtime.images import ImageSource, content_key, load_image
+from flashvlm_export.runtime.images import ImageSource, load_image
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams, counted_positions
 from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
-from flashvlm_export.runtime.request import Answer, PrunedPrompt, Pruning, Request, SelectedImage
+from flashvlm_export.runtime.request import (
+    Answer,
+    PrunedPrompt,
+    Pruning,
+    Request,
+    SelectedImage,
+    Visual,
+    medium_of,
+)
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.runtime.stop_strings import StopStrings
-from flashvlm_export.specs import Array, Precision, check_budget
+from flashvlm_export.runtime.video import Video
+from flashvlm_export.runtime.wanted import Picture, Wanted, want_image, want_video
+from flashvlm_export.specs import Array, Precision
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -176,23 +186,27 @@ class Pipeline:
         """
         if not asked:
             raise UsageError("no requests", expected="at least one image and question")
-        budgets = [self._check_pruning(pruning) for _, pruning in asked]
         clock = Clock()
         prompts = [self._tokenize(request) for request, _ in asked]
-        for (request, pruning), prompt, budget in zip(asked, prompts, budgets, strict=True):
-            self._check_length(request, pruning, prompt, budget)
+        visuals = [_in_order(request, prompt) for (request, _), prompt in zip(asked, prompts, strict=True)]
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
-        wanted = [
-            _Wanted(image, self.embeddings.lookup(prompt.text_ids(pruning.text_span), dtype), budget, pruning.selector)
-            for (request, pruning), prompt, budget in zip(asked, prompts, budgets, strict=True)
-            for image in request.all_images
-            if not isinstance(image, SelectedImage)
-        ]
+        wanted = []
+        for (_, pruning), prompt, shown in zip(asked, prompts, visuals, strict=True):
+            guide = self.embeddings.lookup(prompt.text_ids(pruning.text_span), dtype)
+            several = self.preprocess.settings.pads_several and prompt.media.count("image") > 1
+            self._check_selector(pruning)
+            mine = [
+                self._wanted(each, guide, pruning, several=several)
+                for each in shown
+                if not isinstance(each, SelectedImage)
+            ]
+            self._check_length(shown, pruning, prompt, mine)
+            wanted += mine
         clock.lap("tokenize")
         found = iter(self._select(wanted, clock) if wanted else ())
         spliced = []
-        for (request, pruning), prompt in zip(asked, prompts, strict=True):
-            images = [image if isinstance(image, SelectedImage) else next(found) for image in request.all_images]
+        for (_, pruning), prompt, shown in zip(asked, prompts, visuals, strict=True):
+            images = [each if isinstance(each, SelectedImage) else next(found) for each in shown]
             text_rows = self.embeddings.lookup(prompt.token_ids, np.dtype(np.float32))
             embeds = splice(text_rows, prompt.image_positions, [image.rows for image in images])
             where = prompt_positions(prompt, images, self.bundle.manifest.position_axes, self._positions(pruning))
@@ -203,8 +217,7 @@ class Pipeline:
     def _positions(self, pruning: Pruning) -> Positions:
         return pruning.positions or self.bundle.manifest.default_positions
 
-    def _check_pruning(self, pruning: Pruning) -> int:
-        """Return the budget; raise where the graph has no such selector or not so many tokens."""
+    def _check_selector(self, pruning: Pruning) -> None:
         if isinstance(self.session, SplitSession):
             self.session.loaded(pruning.selector)
         elif pruning.selector is not None:
@@ -213,82 +226,114 @@ class Pipeline:
                 received=repr(pruning.selector),
                 expected="a pipeline with selectors",
             )
-        return check_budget(self.default_budget if pruning.budget is None else pruning.budget, self.visual_tokens)
 
-    def _check_length(self, request: Request, pruning: Pruning, prompt: TokenizedPrompt, budget: int) -> None:
+    def _wanted(self, visual: ImageSource | Video, guide: Array, pruning: Pruning, *, several: bool) -> Wanted:
+        """Return what is to be selected of ``visual``; raise where that cannot be."""
+        if not isinstance(visual, Video):
+            usual, most = self.default_budget, self.visual_tokens
+            return want_image(visual, guide, pruning, usual=usual, most=most, several=several)
+        if pruning.division == "relevance" and not isinstance(self.session, SplitSession):
+            raise UsageError(
+                "how relevant the moments of a video are does not show in the fused graph, which selects at once",
+                received="division by relevance",
+                expected="a pipeline with selectors: --selector NAME, of a bundle exported with --split",
+                hint="or divide the budget evenly",
+            )
+        assert self.inputs.video is not None  # a prompt with a video is refused without
+        return want_video(visual, guide, pruning, self.inputs.video, most=self.visual_tokens)
+
+    def _check_length(
+        self, shown: Sequence[Visual], pruning: Pruning, prompt: TokenizedPrompt, wanted: Sequence[Wanted]
+    ) -> None:
         """Raise :class:`LLMError` if the prompt leaves the language model no room to answer, whatever is kept."""
         if self.llm is None:
             return
-        images, most = request.all_images, self.llm.limits.max_positions - 1
+        images, most = shown, self.llm.limits.max_positions - 1
         gaps, manifest = self._positions(pruning) == "original", self.bundle.manifest
         known = [image for image in images if isinstance(image, SelectedImage)]
         # With three axes an image takes as many positions as its longer side has tokens.
         unpruned = [
-            max(image.layout.grids[0]) if manifest.position_axes > 1 else image.layout.length for image in known
+            int(image.layout.axes().max()) + 1 if manifest.position_axes > 1 else image.layout.length for image in known
         ]
         chosen = unpruned if gaps else [len(image.rows) for image in known]
-        text, open_images = len(prompt.token_ids) - len(images), len(images) - len(chosen)
+        text, open_images = len(prompt.token_ids) - len(images), len(wanted)
         # Where images differ, how many tokens one has shows when it is opened.
         least = 1 if gaps and manifest.position_axes > 1 else manifest.dims.least_patches
-        length = text + sum(chosen) + (least if gaps else min(budget, least)) * open_images
+        least_each = [
+            max(len(each.pictures), each.times[-1] + 1 if gaps else each.budget or 0)
+            if each.times
+            else (least if gaps else min(each.budget or least, least))
+            for each in wanted
+        ]
+        length = text + sum(chosen) + sum(least_each)
         if length <= most:
             return
-        fitting = min((most - text - sum(chosen)) // open_images, self.visual_tokens) if open_images else 0
+        noun = "image or video" if "video" in prompt.media else "image"
+        fitting = (most - text - sum(chosen)) // open_images if open_images else 0
+        fitting = min(fitting, max((len(each.pictures) for each in wanted), default=0) * self.visual_tokens)
         raise LLMError(
             "the prompt is too long for the language model",
-            received=f"{length} positions: {text} of text, {length - text} of {len(images)} image(s)",
+            received=f"{length} positions: {text} of text, {length - text} of {len(images)} {noun}(s)",
             expected=f"at most {most}, and one for the answer",
-            hint=f"keep at most {fitting} visual tokens of an image, with contiguous positions"
+            hint=f"keep at most {fitting} visual tokens of an {noun}, with contiguous positions"
             if fitting > 0
-            else f"fewer images, or {length - most} tokens less of text",
+            else f"fewer {noun}s, or {length - most} tokens less of text",
         )
 
-    def _select(self, wanted: Sequence[_Wanted], clock: Clock) -> list[SelectedImage]:
-        """Return what is left of each image; those that are selected alike in batches as large as the graph takes."""
-        sources, session = [each.source for each in wanted], self.session
-        encoded = self._encoded(sources, clock) if isinstance(session, SplitSession) else []
-        prepared = [] if isinstance(session, SplitSession) else self._prepared(sources, clock)
+    def _select(self, wanted: Sequence[Wanted], clock: Clock) -> list[SelectedImage]:
+        """Return what is left of each; pictures that are selected alike in batches as large as the graph takes."""
+        pictures, session = [picture for each in wanted for picture in each.pictures], self.session
+        encoded = self._encoded(pictures, clock) if isinstance(session, SplitSession) else []
+        prepared = [] if isinstance(session, SplitSession) else self._prepared(pictures, clock)
         layouts = [image.layout for image in encoded or prepared]
+        owners = [each for each in wanted for _ in each.pictures]
+        budgets: list[int] = []
+        settings = self.bundle.manifest.selection.config
+        for each in wanted:
+            mine = slice(len(budgets), len(budgets) + len(each.pictures))
+            budgets += each.budgets(layouts[mine], encoded[mine], settings)
 
         def how(place: int) -> tuple[int, int, str | None]:
-            count = layouts[place].num_tokens
-            return count, min(wanted[place].budget, count), wanted[place].selector
+            return layouts[place].num_tokens, budgets[place], owners[place].pruning.selector
 
-        found: dict[int, SelectedImage] = {}
-        for (_, budget, selector), places in self._batches(range(len(wanted)), how):
-            guides = [wanted[place].guide for place in places]
+        kept: dict[int, tuple[Array, Array, Array]] = {}
+        for (_, budget, selector), places in self._batches(range(len(pictures)), how):
+            guides = [owners[place].guide for place in places]
             if isinstance(session, SplitSession):
                 images = [encoded[place] for place in places]
                 outputs = session.select(images, *pad_text(guides), budget, selector)
             else:
                 outputs = session.run(visual_feeds([prepared[place] for place in places], guides, budget))
-            for place, tokens, indices, scores in zip(
-                places, outputs.tokens.astype(np.float32), outputs.indices, outputs.scores, strict=True
-            ):
-                rows = layouts[place].spread(indices, tokens, self.newline)
-                found[place] = SelectedImage(*rows, indices, scores, layouts[place])
+            rows = zip(outputs.tokens.astype(np.float32), outputs.indices, outputs.scores, strict=True)
+            kept.update(zip(places, rows, strict=True))
         clock.lap("select" if encoded else "visual")
-        return [found[place] for place in range(len(wanted))]
+        parts = iter([(layouts[place], *kept[place]) for place in range(len(pictures))])
+        return [each.joined([next(parts) for _ in each.pictures], self.newline) for each in wanted]
 
-    def _prepared(self, sources: Sequence[ImageSource], clock: Clock) -> list[PreparedImage]:
-        images = [load_image(source) for source in sources]
+    def _prepared(self, pictures: Sequence[Picture], clock: Clock) -> list[PreparedImage]:
+        loaded = [[load_image(frame) for frame in picture.frames] for picture in pictures]
         clock.lap("load_images")
-        prepared = [self.inputs.prepare(image) for image in images]
+        prepared = [
+            self.inputs.prepare_moment(frames)
+            if picture.seen_as == "moment"
+            else self.inputs.prepare(frames[0], several=picture.seen_as == "one of several")
+            for frames, picture in zip(loaded, pictures, strict=True)
+        ]
         clock.lap("preprocess")
         return prepared
 
-    def _encoded(self, sources: Sequence[ImageSource], clock: Clock) -> list[EncodedImage]:
+    def _encoded(self, pictures: Sequence[Picture], clock: Clock) -> list[EncodedImage]:
         """Return every image encoded: as it is remembered, or else anew, all of these as one batch."""
         assert isinstance(self.session, SplitSession)
-        keys = [content_key(source) for source in sources]
+        keys = [picture.key for picture in pictures]
         found: dict[str, EncodedImage | None] = {key: self.images.get(key) for key in keys}
         clock.lap("image_keys")
-        missing = {key: source for key, source in zip(keys, sources, strict=True) if found[key] is None}
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if found[key] is None}
         if missing:
             self._encode(missing, found, clock)
         return [image for key in keys if (image := found[key]) is not None]
 
-    def _encode(self, missing: dict[str, ImageSource], found: dict[str, EncodedImage | None], clock: Clock) -> None:
+    def _encode(self, missing: dict[str, Picture], found: dict[str, EncodedImage | None], clock: Clock) -> None:
         """Put every image of ``missing`` into ``found``, and into what is remembered."""
         assert isinstance(self.session, SplitSession)
         prepared = dict(zip(missing, self._prepared(list(missing.values()), clock), strict=True))
@@ -308,9 +353,12 @@ class Pipeline:
             for start in range(0, len(group), most):
                 yield how, group[start : start + most]
 
-    def view(self, image: ImageSource) -> Image.Image:
-        """Return ``image`` as the encoder sees it, for drawing on."""
-        return self.preprocess.view(load_image(image))
+    def views(self, shown: ImageSource | Video) -> list[Image.Image]:
+        """Return an image as the encoder sees it, or the first frame of each moment of a video, for drawing on."""
+        if not isinstance(shown, Video):
+            return [self.preprocess.view(load_image(shown))]
+        step = self.inputs.video.frames_per_moment if self.inputs.video else 1
+        return [load_image(frame) for frame in shown.frames[::step]]
 
     def stream(self, prompt: PrunedPrompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the answer in pieces of text as they come; ``self.llm.last_run`` then holds times and counts.
@@ -369,7 +417,7 @@ class Pipeline:
 
     def ask(
         self,
-        image: ImageSource,
+        image: ImageSource | Video,
         question: str,
         *,
         budget: int | None = None,
@@ -378,7 +426,7 @@ class Pipeline:
         positions: Positions | None = None,
         selector: str | None = None,
     ) -> Answer:
-        """Return the answer to one question about one image; see :meth:`encode` and :meth:`answer`."""
+        """Return the answer to one question about one image or video; see :meth:`encode` and :meth:`answer`."""
         request = Request([image], question)
         prompt = self.encode([request], budget=budget, text_span=text_span, positions=positions, selector=selector)[0]
         return self.answer(prompt, params)
@@ -444,12 +492,13 @@ class Pipeline:
                 expected="at least one image",
                 hint="--image FILE; in a conversation from standard input also a line /image FILE",
             )
+        media = [medium_of(image) for image in request.images]
         if request.raw:
             if request.history or request.system is not None:
                 raise UsageError("a raw prompt has history and system text inside", expected="raw, or these")
-            return self.prompts.raw(request.question, len(request.images))
-        history = [Turn(len(past.images), past.question, past.answer) for past in request.history]
-        return self.prompts.chat(request.question, len(request.images), request.system, history)
+            return self.prompts.raw(request.question, media)
+        history = [Turn([*map(medium_of, past.images)], past.question, past.answer) for past in request.history]
+        return self.prompts.chat(request.question, media, request.system, history)
 
     def __enter__(self) -> Pipeline:
         self.load()
@@ -485,20 +534,18 @@ def prompt_positions(
     if positions == "contiguous":
         return counted_positions(length - len(images) + sum(len(image.rows) for image in images), axes)
     if axes > 1:
-        grids = [image.layout.grids[0] for image in images]
-        return splice_axes(length, placeholders, [image.indices for image in images], grids)
+        return splice_axes(
+            length, placeholders, [image.indices for image in images], [image.layout.axes() for image in images]
+        )
     lengths = [image.layout.length for image in images]
     return splice_positions(length, placeholders, [image.places for image in images], lengths)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """An image to select from, the text rows ``[L, D]`` that guide it, and how."""
-
-    source: ImageSource
-    guide: Array
-    budget: int
-    selector: str | None
+def _in_order(request: Request, prompt: TokenizedPrompt) -> list[Visual]:
+    """Return images and videos in the order of their placeholders, where a template writes one kind first."""
+    kinds = {kind: [each for each in request.all_images if medium_of(each) == kind] for kind in ("image", "video")}
+    left = {kind: iter(each) for kind, each in kinds.items()}
+    return [next(left[kind]) for kind in prompt.media]
 
 
 class Clock:

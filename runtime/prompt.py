@@ -1,7 +1,7 @@
 """From a question to token ids, and from token ids back to text while an answer is written.
 
 Token ids equal those of transformers' ``processor.apply_chat_template(..., add_generation_prompt=True,
-tokenize=True)``, but for the image: one placeholder id here, one per visual token there.
+tokenize=True)``, but for the images and videos: one placeholder id here, one per visual token there.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ import numpy.typing as npt
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from flashvlm_export.errors import BundleError, ConfigError, PromptError
+from flashvlm_export.errors import BundleError, ConfigError, PromptError, UsageError
 from flashvlm_export.manifest import PromptSettings
 
 TextSpan = Literal["prompt", "question"]
 Positions = Literal["contiguous", "original"]
+Medium = Literal["image", "video"]
 
 # Rendered in place of the question to learn where it goes; private-use characters survive trim and upper.
 _MARKER = "\ue0f1\ue0f2\ue0f3"
@@ -36,9 +37,9 @@ _MARKER = "\ue0f1\ue0f2\ue0f3"
 
 @dataclass(frozen=True)
 class Turn:
-    """A question that was answered: ``num_images`` pictures, the user's words, the model's."""
+    """A question that was answered: what came with it, the user's words, the model's."""
 
-    num_images: int
+    media: Sequence[Medium]
     question: str
     answer: str
 
@@ -49,8 +50,9 @@ class TokenizedPrompt:
 
     Attributes:
         text: the prompt as it was tokenised, without special tokens that the tokenizer adds.
-        token_ids: int64 ``[S]``, one placeholder id per image.
+        token_ids: int64 ``[S]``, one placeholder id per image or video.
         image_positions: indices of the placeholders in ``token_ids``, ascending.
+        media: which each of them is.
         question_mask: bool ``[S]``, true for tokens that overlap the user's own last words. Of a prompt that the user
             templated, every token but special ones.
     """
@@ -59,6 +61,7 @@ class TokenizedPrompt:
     token_ids: npt.NDArray[np.int64]
     image_positions: tuple[int, ...]
     question_mask: npt.NDArray[np.bool_]
+    media: tuple[Medium, ...] = ()
 
     def text_ids(self, span: TextSpan) -> npt.NDArray[np.int64]:
         """Return the ids that guide the selection, int64 ``[L]``; ``L`` may be 0.
@@ -95,47 +98,63 @@ class PromptBuilder:
         self._special_ids = _special_ids(self.tokenizer)
 
     def chat(
-        self, question: str, num_images: int = 1, system: str | None = None, history: Sequence[Turn] = ()
+        self,
+        question: str,
+        media: Sequence[Medium] = ("image",),
+        system: str | None = None,
+        history: Sequence[Turn] = (),
     ) -> TokenizedPrompt:
-        """Return the prompt for a question about ``num_images`` images, in the model's chat format.
+        """Return the prompt for a question about images and videos, in the model's chat format.
 
         Args:
             question: what the user asks; its control tokens, if any, count as such, as in transformers.
-            num_images: placeholders that the template writes, before the question.
+            media: what it is about; the template writes a placeholder for each before the question.
             system: text of a system message; empty for none.
             history: what was said before, oldest first; its images come before the question's own.
 
         Raises:
             PromptError: if the question is empty, the template does not render, or the placeholders in the result
-                are not as many as there are images.
+                are not as many as there are images and videos.
+            UsageError: if there are videos, and the model takes none.
         """
         _check_text(question, "question")
-        text = self._render(question, num_images, system, history)
-        start, end = _locate(question, text, self._render(_MARKER, num_images, system, history))
-        return self._tokenize(text, num_images + sum(turn.num_images for turn in history), (start, end))
+        text = self._render(question, media, system, history)
+        start, end = _locate(question, text, self._render(_MARKER, media, system, history))
+        return self._tokenize(text, [*(each for turn in history for each in turn.media), *media], (start, end))
 
-    def raw(self, text: str, num_images: int = 1) -> TokenizedPrompt:
+    def raw(self, text: str, media: Sequence[Medium] = ("image",)) -> TokenizedPrompt:
         """Return the prompt for ``text`` that already is in the model's format, with a placeholder for each image.
 
         The tokenizer adds its special tokens, unless ``text`` starts with the start-of-sequence text itself.
 
         Raises:
-            PromptError: if ``text`` is empty or its placeholders are not ``num_images``.
+            PromptError: if ``text`` is empty or its placeholders are not those of ``media``.
+            UsageError: if there are videos, and the model takes none.
         """
         _check_text(text, "prompt")
-        return self._tokenize(text, num_images, None)
+        return self._tokenize(text, media, None)
 
     def detokenizer(self) -> StreamingDetokenizer:
         """Return a new detokenizer for one answer."""
         return StreamingDetokenizer(self.tokenizer)
 
-    def _tokenize(self, text: str, num_images: int, question: tuple[int, int] | None) -> TokenizedPrompt:
+    def _tokenize(self, text: str, media: Sequence[Medium], question: tuple[int, int] | None) -> TokenizedPrompt:
+        if "video" in media and self.settings.video_token_id is None:
+            raise UsageError(
+                "this model takes no videos",
+                received=f"{media.count('video')} video(s)",
+                expected="images, or a model that does: flashvlm models",
+                hint="ask about some of its frames as images",
+            )
         bos = self.settings.bos_token
         has_bos = bool(bos) and text.startswith(bos)
         encoding = self.tokenizer.encode(text, add_special_tokens=not has_bos)
         ids = np.array(encoding.ids, np.int64)
-        positions = np.flatnonzero(ids == self.settings.image_token_id)
-        self._check_placeholders(len(positions), num_images, text, question)
+        is_video = ids == self.settings.video_token_id
+        positions = np.flatnonzero((ids == self.settings.image_token_id) | is_video)
+        found: list[Medium] = ["video" if is_video[position] else "image" for position in positions]
+        self._check_placeholders("image", self.settings.image_token, found, media, text, question)
+        self._check_placeholders("video", self.settings.video_token, found, media, text, question)
         if ids.size == 0:
             raise PromptError("the prompt yields no tokens", received=repr(text[:80]), expected="a question in words")
         if question is None:
@@ -145,33 +164,41 @@ class PromptBuilder:
             added = np.array(encoding.special_tokens_mask, np.bool_)
             mask = (offsets[:, 0] < question[1]) & (offsets[:, 1] > question[0]) & ~added
         mask[positions] = False
-        return TokenizedPrompt(text, ids, tuple(positions.tolist()), mask)
+        return TokenizedPrompt(text, ids, tuple(positions.tolist()), mask, tuple(found))
 
-    def _check_placeholders(self, found: int, num_images: int, text: str, question: tuple[int, int] | None) -> None:
-        token = self.settings.image_token
-        if found == num_images:
+    def _check_placeholders(
+        self,
+        medium: Medium,
+        token: str,
+        have: Sequence[Medium],
+        want: Sequence[Medium],
+        text: str,
+        question: tuple[int, int] | None,
+    ) -> None:
+        found, wanted = have.count(medium), want.count(medium)
+        if found == wanted:
             return
         if question is None:
-            hint = f"write {token} in the prompt once per image"
+            hint = f"write {token} in the prompt once per {medium}"
         elif token in text[slice(*question)]:
             hint = f"take {token} out of the question: the chat template writes it"
         else:
             hint = f"the chat template does not fit; write the whole prompt, with {token}, and pass it as a raw prompt"
         raise PromptError(
-            "the image placeholders do not match the images",
-            received=f"{found} times {token} in the prompt for {num_images} image(s)",
-            expected=f"{num_images} times {token}",
+            f"the {medium} placeholders do not match the {medium}s",
+            received=f"{found} times {token} in the prompt for {wanted} {medium}(s)",
+            expected=f"{wanted} times {token}",
             hint=hint,
         )
 
-    def _render(self, question: str, num_images: int, system: str | None, history: Sequence[Turn]) -> str:
+    def _render(self, question: str, media: Sequence[Medium], system: str | None, history: Sequence[Turn]) -> str:
         messages = []
         if system:
             _check_text(system, "system message")
             messages.append(_message("system", system))
         for turn in history:
-            messages += [_message("user", turn.question, turn.num_images), _message("assistant", turn.answer)]
-        messages.append(_message("user", question, num_images))
+            messages += [_message("user", turn.question, turn.media), _message("assistant", turn.answer)]
+        messages.append(_message("user", question, media))
         try:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
@@ -200,6 +227,7 @@ class PromptBuilder:
             "eos_token": settings.eos_token,
             "pad_token": pad,
             "image_token": settings.image_token,
+            "video_token": settings.video_token,
         }
         return {name: token for name, token in tokens.items() if token}
 
@@ -274,8 +302,8 @@ def _special_ids(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
     return np.array([id for id, token in added.items() if token.special], np.int64)
 
 
-def _message(role: str, text: str, num_images: int = 0) -> dict[str, Any]:
-    return {"role": role, "content": [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": text}]}
+def _message(role: str, text: str, media: Sequence[Medium] = ()) -> dict[str, Any]:
+    return {"role": role, "content": [*({"type": medium} for medium in media), {"type": "text", "text": text}]}
 
 
 def _check_text(text: object, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
@@ -12,13 +12,14 @@ from flashvlm_export.errors import ConfigError, UsageError
 from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.llm.base import GenerationStats
-from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.prompt import Medium, Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.video import Video
 from flashvlm_export.specs import Array
 
 
 @dataclass(frozen=True, eq=False)
 class SelectedImage:
-    """What is left of one image.
+    """What is left of one image, or of one video, moment after moment.
 
     Attributes:
         rows: float32 ``[R, D]``: what stands in the prompt, its kept visual tokens and the newlines of lines that have
@@ -40,30 +41,48 @@ class SelectedImage:
         """Float32 ``[K, D]``: the kept visual tokens, without newlines."""
         return self.rows[np.isin(self.places, self.layout.places_of(self.indices))]
 
+    @property
+    def kept_per_grid(self) -> list[int]:
+        """Kept visual tokens of each grid of the layout, such as each moment of a video."""
+        ends = np.cumsum([rows * columns for rows, columns in self.layout.grids])
+        return [int(count) for count in np.diff(np.searchsorted(self.indices, ends), prepend=0)]
+
+
+#: What a question can be about.
+Visual: TypeAlias = ImageSource | Video | SelectedImage
+#: How the budget of a video is divided over its moments.
+Division = Literal["evenly", "relevance"]
+
+
+def medium_of(visual: Visual) -> Medium:
+    """Return the kind of placeholder that stands for ``visual`` in a prompt."""
+    is_video = visual.layout.times if isinstance(visual, SelectedImage) else isinstance(visual, Video)
+    return "video" if is_video else "image"
+
 
 @dataclass(frozen=True)
 class Exchange:
     """A question that was answered; see :class:`Request`."""
 
-    images: Sequence[ImageSource | SelectedImage]
+    images: Sequence[Visual]
     question: str
     answer: str
 
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one or several images.
+    """One question about one or several images or videos.
 
     Attributes:
-        images: paths, bytes, PIL images or arrays, in the order of their placeholders; or what an earlier prompt kept
-            of an image, which is then taken as it is.
+        images: paths, bytes, PIL images or arrays, and videos, each kind in the order of its placeholders; or what an
+            earlier prompt kept of one, which is then taken as it is.
         question: the user's words; put into the chat template unless ``raw``.
         system: system text for the chat template, if any.
         raw: ``question`` is a whole prompt with its own placeholders.
         history: what was said before, oldest first. Its images come first.
     """
 
-    images: Sequence[ImageSource | SelectedImage]
+    images: Sequence[Visual]
     question: str
     system: str | None = None
     raw: bool = False
@@ -78,8 +97,8 @@ class Request:
             )
 
     @property
-    def all_images(self) -> list[ImageSource | SelectedImage]:
-        """The images of the conversation, in the order of their placeholders."""
+    def all_images(self) -> list[Visual]:
+        """The images and videos of the conversation, each kind in the order of its placeholders."""
         return [*(image for exchange in self.history for image in exchange.images), *self.images]
 
 
@@ -89,7 +108,8 @@ class Pruning:
 
     Attributes:
         budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for. An image in
-            tiles may have fewer than the model's most: it then keeps them all.
+            tiles may have fewer than the model's most: it then keeps them all. Of a video it is that of the whole clip,
+            at least 1 for each moment; ``None`` keeps 22.2 %, as the paper does of an image.
         text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's ``question``
             alone.
         positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
@@ -97,17 +117,22 @@ class Pruning:
             model still knows from where in the image a token comes; ``None`` is contiguous, but original where
             positions have three axes (Qwen2.5-VL), as the authors do there.
         selector: one of those that the pipeline was opened with; ``None`` for the first.
+        division: of a video's budget: ``evenly`` over its moments, or half of it by their ``relevance`` to the text,
+            which needs a pipeline that encodes and selects apart.
 
     Raises:
-        ConfigError: if there are no such positions.
+        ConfigError: if there are no such positions, or no such division.
     """
 
     budget: int | None = None
     text_span: TextSpan = "prompt"
     positions: Positions | None = None
     selector: str | None = None
+    division: Division = "evenly"
 
     def __post_init__(self) -> None:
+        if self.division not in get_args(Division):
+            raise ConfigError("unknown division", received=repr(self.division), expected="evenly or relevance")
         if self.positions not in (None, *get_args(Positions)):
             raise ConfigError("unknown positions", received=repr(self.positions), expected="contiguous or original")
 

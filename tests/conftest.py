@@ -49,6 +49,43 @@ def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return bundle_from_checkpoint(settings).path
 
 
+def _export_split(checkpoint: Path) -> Path:
+    from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
+
+    settings = ExportSettings(
+        str(checkpoint), checkpoint.parent / "bundle", split=True, decoder="fp32", engine_check="off"
+    )
+    return bundle_from_checkpoint(settings).path
+
+
+@pytest.fixture(scope="session")
+def qwen_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2.5-VL checkpoint with random weights. Do not change it: copy it."""
+    from helpers.tiny_qwen import make_tiny_qwen
+
+    return make_tiny_qwen(tmp_path_factory.mktemp("qwen") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def qwen_bundle(qwen_checkpoint: Path) -> Path:
+    """The bundle of ``qwen_checkpoint``. Do not change it."""
+    return _export_split(qwen_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def onevision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-OneVision checkpoint with random weights. Do not change it: copy it."""
+    from helpers.tiny_llava import make_tiny_llava
+
+    return make_tiny_llava(tmp_path_factory.mktemp("onevision") / "tiny", family="llava_onevision")
+
+
+@pytest.fixture(scope="session")
+def onevision_bundle(onevision_checkpoint: Path) -> Path:
+    """The bundle of ``onevision_checkpoint``. Do not change it."""
+    return _export_split(onevision_checkpoint)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB, so that a full disk is a real one; skips where mounting is not allowed."""

@@ -40,7 +40,7 @@ ALLOWED = {
     },
     "calibration": {"onnx", "onnxruntime"},
     # torch in two modules of it, see below.
-    "runtime": {"cuda", "gguf", "llama_cpp", "onnxruntime", "torch", "transformers", "vllm"},
+    "runtime": {"av", "cuda", "gguf", "llama_cpp", "onnxruntime", "torch", "transformers", "vllm"},
 }
 
 

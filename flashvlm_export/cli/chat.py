@@ -6,13 +6,17 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
-from flashvlm_export.errors import ImageError, LLMError, PromptError, UsageError
+from flashvlm_export.cli.video import add_video_arguments, video_from
+from flashvlm_export.errors import ImageError, LLMError, PromptError, UsageError, VideoError
+
+if TYPE_CHECKING:
+    from flashvlm_export.runtime.video import Video
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", metavar="FILE", action="append", default=[], help="picture of the first question; may be repeated"
     )
+    add_video_arguments(parser, "video of the first question, or folder of pictures that are its frames")
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
         action="append",
-        help="question; repeat for the next ones. Without any, each line of standard input is one, and /image FILE "
-        "adds a picture to the next",
+        help="question; repeat for the next ones. Without any, each line of standard input is one, and /image FILE or "
+        "/video FILE adds a picture or a video to the next",
     )
     parser.add_argument(
         "--reselect",
@@ -36,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
     parser.add_argument(
-        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+        "--budget",
+        metavar="K",
+        help="visual tokens to keep per image (default: what the graph is optimised for), or of a whole video "
+        "(default: 22 %% of its own)",
     )
     add_backend_arguments(parser)
     add_llm_argument(parser)
@@ -54,28 +62,32 @@ def run(args: argparse.Namespace) -> None:
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline_from(args, bundle) as vlm:
-        pruning = Pruning(budget_from(args), args.text_span, args.positions, selector)
+        pruning = Pruning(budget_from(args), args.text_span, args.positions, selector, args.division)
         chat = Chat(vlm, pruning, reselect=args.reselect, system=args.system)
-        images = [_picture(path) for path in args.image]
+        shown = [(path, _shown(args, "/image", path)) for path in args.image]
+        shown += [(path, _shown(args, "/video", path)) for path in args.video]
         by_hand = args.prompt is None and sys.stdin.isatty()
         for text in args.prompt or _lines(by_hand):
             try:
                 if args.prompt is None and text.startswith("/"):
-                    images.append(_picture(_path_of(text)))
+                    command, path = _command(text)
+                    shown.append((path, _shown(args, command, path)))
                     continue
                 if not by_hand:
                     say(f"> {text}")
+                images = [each for _, each in shown]
                 answer = chat.ask(text, images, params=params, on_text=lambda piece: say(piece, end=""))
-            except (ImageError, LLMError, PromptError, UsageError) as error:
+            except (ImageError, LLMError, PromptError, UsageError, VideoError) as error:
                 if not by_hand:
                     if args.json and results:  # what was answered is not lost
                         print_json({"bundle": str(args.bundle), "answers": results})
                     raise
                 # The conversation stands, without what came for this line: the next one may do better.
                 print(error, file=sys.stderr)
-                if images and not text.startswith("/"):
-                    print(f"without {', '.join(images)}; /image FILE shows a picture again", file=sys.stderr)
-                    images = []
+                if shown and not text.startswith("/"):
+                    paths = ", ".join(path for path, _ in shown)
+                    print(f"without {paths}; /image FILE shows one again", file=sys.stderr)
+                    shown = []
                 continue
             stats = answer.stats
             say()
@@ -86,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             results.append(
                 {
                     "prompt": text,
-                    "images": images,
+                    "images": [path for path, _ in shown],
                     "answer": answer.text,
                     "kept_indices": answer.prompt.indices,
                     "prompt_tokens": stats.prompt_tokens,
@@ -96,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
                     "stage_ms": answer.stage_ms,
                 }
             )
-            images = []
+            shown = []
     if args.json:
         print_json({"bundle": str(args.bundle), "answers": results})
 
@@ -104,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
 def _lines(by_hand: bool) -> Iterator[str]:
     """Yield what is typed or piped in, without empty lines; a person is told what to type, and asked for each."""
     if by_hand:
-        print("a question, /image FILE for another picture, or Ctrl-D to end", file=sys.stderr)
+        print("a question, /image FILE or /video FILE to show one, or Ctrl-D to end", file=sys.stderr)
     while True:
         if by_hand:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -115,17 +127,20 @@ def _lines(by_hand: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def _path_of(command: str) -> str:
-    """Return FILE of ``/image FILE``; raise :class:`UsageError` for anything else that begins with a slash."""
-    word, _, path = command.partition(" ")
-    if word != "/image" or not path.strip():
-        raise UsageError("there is no such command", received=repr(command), expected="/image FILE, or a question")
-    return path.strip()
+def _command(line: str) -> tuple[str, str]:
+    """Return the command and FILE of ``/image FILE``; raise :class:`UsageError` for anything else with a slash."""
+    word, _, path = line.partition(" ")
+    if word not in ("/image", "/video") or not path.strip():
+        expected = "/image FILE, /video FILE, or a question"
+        raise UsageError("there is no such command", received=repr(line), expected=expected)
+    return word, path.strip()
 
 
-def _picture(path: str) -> str:
-    """Return ``path`` if there is a picture; raise :class:`ImageError` otherwise."""
+def _shown(args: argparse.Namespace, command: str, path: str) -> str | Video:
+    """Return ``path`` if there is a picture, or the frames of a video; raise what reading them raises."""
     from flashvlm_export.runtime.images import load_image
 
+    if command == "/video":
+        return video_from(args, path)
     load_image(path)
     return path

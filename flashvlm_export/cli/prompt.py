@@ -9,6 +9,7 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_prompt_arguments, budget_from
+from flashvlm_export.cli.video import add_video_arguments, refuse_unused, video_from
 from flashvlm_export.errors import UsageError
 
 
@@ -16,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``flashvlm prompt``."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
     parser.add_argument(
-        "--image", metavar="FILE", action="append", required=True, help="picture; repeat for several in one prompt"
+        "--image", metavar="FILE", action="append", default=[], help="picture; repeat for several in one prompt"
     )
+    add_video_arguments(parser, "video, or folder of pictures that are its frames; behind the images")
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="question about them")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="safetensors file to write")
     add_prompt_arguments(parser)
@@ -27,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Select, splice, write; no language model is loaded."""
     from flashvlm_export.runtime.prompt_file import write_prompt
-    from flashvlm_export.runtime.request import Request
+    from flashvlm_export.runtime.request import Pruning, Request
 
+    refuse_unused(args)
+    if not args.image and not args.video:
+        raise UsageError("there is nothing to ask about", received="no --image, no --video", expected="one of them")
     if not args.output.absolute().parent.is_dir():
         raise UsageError(
             "the folder of the prompt file does not exist", received=str(args.output), hint="make the folder first"
@@ -36,10 +41,10 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)
     with pipeline_from(args, bundle, with_llm=False) as pipeline:
-        request = Request(args.image, args.prompt, args.system, args.raw_prompt)
-        prompt = pipeline.encode(
-            [request], budget=budget_from(args), text_span=args.text_span, positions=args.positions
-        )[0]
+        shown = [*args.image, *(video_from(args, path) for path in args.video)]
+        request = Request(shown, args.prompt, args.system, args.raw_prompt)
+        pruning = Pruning(budget_from(args), args.text_span, args.positions, division=args.division)
+        prompt = pipeline.encode_each([(request, pruning)])[0]
     record = write_prompt(args.output, prompt, bundle, text_span=args.text_span, selector=selector)
     if args.json:
         print_json({"prompt": str(args.output), "positions": len(prompt.inputs_embeds), "record": record})

@@ -1,4 +1,4 @@
-"""flashvlm run: answer questions about images with a bundle."""
+"""flashvlm run: answer questions about images and videos with a bundle."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.cli.video import add_video_arguments, describe, refuse_unused, video_from
 from flashvlm_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help="picture; repeat for several, asked as one batch",
     )
+    add_video_arguments(
+        parser, "video, or folder of pictures that are its frames; may be repeated, and is asked behind the images"
+    )
     parser.add_argument(
         "--prompt",
         metavar="TEXT",
         action="append",
-        help="question; one for all images, or one per image",
+        help="question; one for all images and videos, or one for each",
     )
     parser.add_argument(
         "--pruned", metavar="FILE", type=Path, help="answer a prompt that flashvlm prompt wrote, instead of images"
@@ -62,30 +66,37 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw-prompt",
         action="store_true",
-        help="TEXT is a whole prompt with a placeholder for each image; no chat template",
+        help="TEXT is a whole prompt with a placeholder for each image and video; no chat template",
     )
     parser.add_argument(
-        "--budget", metavar="K", help="visual tokens to keep per image (default: what the graph is optimised for)"
+        "--budget",
+        metavar="K",
+        help="visual tokens to keep per image (default: what the graph is optimised for), or of a whole video "
+        "(default: 22 %% of its own)",
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Answer, stream the text, print times; write the heat map if asked."""
-    from flashvlm_export.runtime.request import Request
+    from flashvlm_export.runtime.request import Pruning, Request
 
     params = sampling_from(args)
+    refuse_unused(args)
     if args.pruned is not None:
         _run_pruned(args, params)
         return
-    if args.image is None or args.prompt is None:
-        missing = " and ".join(f"--{name}" for name in ("image", "prompt") if getattr(args, name) is None)
+    if not (args.image or args.video) or args.prompt is None:
+        missing = ["--image or --video"] if not (args.image or args.video) else []
+        missing += ["--prompt"] if args.prompt is None else []
         raise UsageError(
-            "there is nothing to ask", received=f"no {missing}", expected="--image and --prompt, or --pruned"
+            "there is nothing to ask",
+            received=f"no {' and '.join(missing)}",
+            expected="--image or --video, and --prompt; or --pruned",
         )
     if args.visual_only and args.llm != "onnxruntime":
         raise UsageError("nothing answers", received=f"--llm {args.llm} --visual-only", expected="one of them")
-    pairs = _pairs(args.image, args.prompt)
-    requests = [Request([image], prompt, args.system, args.raw_prompt) for image, prompt in pairs]
+    images: list[str] = args.image or []
+    pairs = _pairs([*images, *args.video], args.prompt)
     if args.heatmap is not None:
         from flashvlm_export.runtime.heatmap import check_picture_path
 
@@ -93,17 +104,20 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle)
     selector_from(args, bundle)
     pipeline = pipeline_from(args, bundle, with_llm=not args.visual_only)
+    videos = {path: video_from(args, path) for path in args.video}
+    pruning = Pruning(budget_from(args), args.text_span, args.positions, division=args.division)
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:
-        prompts = pipeline.encode(
-            requests, budget=budget_from(args), text_span=args.text_span, positions=args.positions
-        )
+        asked = [Request([videos.get(path, path)], text, args.system, args.raw_prompt) for path, text in pairs]
+        prompts = pipeline.encode_each([(request, pruning) for request in asked])
         captions = []
         for (image, question), prompt in zip(pairs, prompts, strict=True):
             say(f"{image}: {question}")
+            video = videos.get(image)
             result: dict[str, Any] = {
-                "image": image,
+                **({"image": image} if video is None else {"video": image}),
+                **({} if video is None else describe(video, prompt.images[0].kept_per_grid)),
                 "prompt": question,
                 "visual_tokens": prompt.visual_tokens_before,
                 "kept_tokens": prompt.visual_tokens_kept,
@@ -131,8 +145,10 @@ def run(args: argparse.Namespace) -> None:
         from flashvlm_export.runtime.heatmap import draw_selection, save_picture, stack
 
         sheets = [
-            draw_selection(pipeline.view(image), kept.indices, kept.scores, kept.layout.grids, caption)
-            for (image, _), prompt, caption in zip(pairs, prompts, captions, strict=True)
+            draw_selection(
+                pipeline.views(videos.get(path, path)), kept.indices, kept.scores, kept.layout.grids, caption
+            )
+            for (path, _), prompt, caption in zip(pairs, prompts, captions, strict=True)
             for kept in prompt.images
         ]
         save_picture(stack(sheets), args.heatmap)
@@ -148,8 +164,19 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
     from flashvlm_export.runtime.llm.registry import require_same_model
     from flashvlm_export.runtime.prompt_file import read_prompt, require_same_weights
 
-    visual = ("image", "prompt", "system", "raw_prompt", "budget", "selector", "engine", "heatmap", "visual_only")
-    given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False)]
+    visual = (
+        "image",
+        "video",
+        "prompt",
+        "system",
+        "raw_prompt",
+        "budget",
+        "selector",
+        "engine",
+        "heatmap",
+        "visual_only",
+    )
+    given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False, [])]
     given += ["--text-span"] if args.text_span != "prompt" else []
     given += ["--positions"] if args.positions is not None else []
     if given:
@@ -201,7 +228,7 @@ def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
     if len(images) != len(prompts):
         raise UsageError(
             "images and prompts do not pair up",
-            received=f"{len(images)} --image, {len(prompts)} --prompt",
+            received=f"{len(images)} --image or --video, {len(prompts)} --prompt",
             expected="one prompt for all images, one image for all prompts, or as many prompts as images",
         )
     return list(zip(images, prompts, strict=True))

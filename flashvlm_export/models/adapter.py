@@ -11,8 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from flashvlm_export.manifest import VideoSettings
 from flashvlm_export.preprocessor import PreprocessorSettings
 from flashvlm_export.specs import GraphSpec, Precision, VisualDims, visual_graph_spec
+
+#: Visual tokens of one image that TensorRT can sort; where a model makes more of one, it is scaled down to these.
+MOST_TOKENS = 3840
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,10 @@ class Adapter(ABC):
         renames: regular expressions and what takes their place, in this order, in names that checkpoints have had.
         newline_key: canonical name of the embedding ``[D]`` that ends each line of tiles, if there is one.
         selection_defaults: settings that selectors which have them take for this family, if nothing else is said.
+        notes: what a user has to know of how this checkpoint is exported, in sentences.
         text_config: of the language model, as its causal LM's class takes it.
+        video: how it sees videos; ``None`` where it takes none.
+        video_token_id: id of a video's placeholder, if it takes some.
         position_sections: rotary frequencies that turn by time, row and column, where positions have three axes.
     """
 
@@ -45,7 +52,10 @@ class Adapter(ABC):
     renames: ClassVar[Sequence[tuple[str, str]]] = ()
     newline_key: ClassVar[str | None] = None
     selection_defaults: ClassVar[Mapping[str, Any]] = {}
+    notes: tuple[str, ...] = ()
     text_config: Any
+    video: VideoSettings | None = None
+    video_token_id: int | None = None
     position_sections: tuple[int, ...] = ()
 
     @abstractmethod
@@ -86,6 +96,11 @@ class Adapter(ABC):
     @abstractmethod
     def default_processor(self) -> dict[str, Any]:
         """What ``preprocessor_config.json`` of such a checkpoint says, for random weights."""
+
+    @property
+    def default_video_processor(self) -> dict[str, Any]:
+        """What ``video_preprocessor_config.json`` of such a checkpoint says, where it takes videos."""
+        return self.default_processor
 
     def take_processor(self, settings: PreprocessorSettings) -> None:
         """Take from how the checkpoint prepares images what its configuration does not say, before sizes are asked for.

@@ -1,10 +1,13 @@
-"""LLaVA-1.5 and LLaVA-NeXT: CLIP ViT up to one hidden layer, a two-layer projector, a Llama-type LLM.
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision: a ViT up to one hidden layer, a two-layer projector, a Llama-type LLM.
 
-LLaVA-1.5 (arXiv 2310.03744) sees an image as one picture, LLaVA-NeXT as an overview and tiles.
+LLaVA-1.5 (arXiv 2310.03744) sees an image as one picture, LLaVA-NeXT as an overview and tiles; LLaVA-OneVision (arXiv
+2408.03326) does too, with SigLIP instead of CLIP and Qwen2 instead of Llama.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -12,12 +15,14 @@ from typing import Any, ClassVar
 import torch
 from optimum.utils import DummyVisionInputGenerator, NormalizedTextAndVisionConfig
 from torch import Tensor, nn
-from transformers import CLIPVisionModel, LlavaConfig, LlavaNextConfig
+from transformers import CLIPVisionModel, LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from flashvlm_export.errors import CheckpointError
-from flashvlm_export.models.adapter import Adapter, structured
-from flashvlm_export.specs import VisualDims
+from flashvlm_export.manifest import VideoSettings
+from flashvlm_export.models.adapter import MOST_TOKENS, Adapter, structured
+from flashvlm_export.models.saliency import cls_attention, layer_attention_received
+from flashvlm_export.specs import SHORTENED, VisualDims
 
 _NormalizedLlava = NormalizedTextAndVisionConfig.with_args(text_config="text_config", vision_config="vision_config")
 
@@ -27,6 +32,8 @@ class LlavaAdapter(Adapter):
 
     family = "llava"
     config_class: ClassVar[Any] = LlavaConfig
+    vision_type: ClassVar[str] = "clip_vision_model"
+    feature_strategy: ClassVar[str] = "default"  # without the CLS token
     # llava-hf checkpoints before transformers 4.52, after it, and since CLIPVisionModel lost its inner module.
     renames = (
         (r"^model\.(?=language_model|vision_tower|multi_modal_projector|image_newline)", ""),
@@ -46,17 +53,17 @@ class LlavaAdapter(Adapter):
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = self.config_class.from_dict(dict(config))
         vision = self.config.vision_config
-        if vision.model_type != "clip_vision_model":
+        if vision.model_type != self.vision_type:
             raise CheckpointError(
-                "LLaVA with this vision tower is not supported yet: it has no CLS token to take saliency from",
+                f"{self.family} with this vision tower is not supported yet",
                 received=vision.model_type,
-                expected="clip_vision_model",
+                expected=self.vision_type,
             )
-        if self.config.vision_feature_select_strategy != "default":
+        if self.config.vision_feature_select_strategy != self.feature_strategy:
             raise CheckpointError(
                 "this vision_feature_select_strategy is not supported",
                 received=self.config.vision_feature_select_strategy,
-                expected="default (CLS removed)",
+                expected=f"{self.feature_strategy}, as {self.family} has it",
             )
         self.layers = _layers_to_run(self.config.vision_feature_layer, vision.num_hidden_layers)
         self._normalized = _NormalizedLlava(self.config)
@@ -73,8 +80,9 @@ class LlavaAdapter(Adapter):
 
     def encoder(self, *, needs_saliency: bool) -> nn.Module:
         """Return :class:`LlavaEncoder` on the meta device."""
+        kind = SiglipEncoder if self.vision_type == "siglip_vision_model" else LlavaEncoder
         with torch.device("meta"):
-            encoder = LlavaEncoder(self.config, self.layers, needs_saliency)
+            encoder = kind(self.config, self.layers, needs_saliency)
         return encoder.eval()
 
     @property
@@ -93,7 +101,7 @@ class LlavaNextAdapter(LlavaAdapter):
     """Adapter for ``model_type: llava_next``: tiles go through the encoder as a batch of pictures."""
 
     family = "llava_next"
-    config_class = LlavaNextConfig
+    config_class: ClassVar[Any] = LlavaNextConfig
     newline_key = "image_newline"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -136,14 +144,76 @@ class LlavaNextAdapter(LlavaAdapter):
         return height // self.dims.image_size, width // self.dims.image_size
 
 
+class LlavaOnevisionAdapter(LlavaNextAdapter):
+    """Adapter for ``model_type: llava_onevision``: the tokens of many tiles are scaled down to those of a few."""
+
+    family = "llava_onevision"
+    config_class = LlavaOnevisionConfig
+    vision_type = "siglip_vision_model"
+    feature_strategy = "full"
+    video = VideoSettings(shrinks=2)
+    default_chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }} "
+        "{% for part in message['content'] if part['type'] != 'text' %}<{{ part['type'] }}>\n{% endfor %}"
+        "{% for part in message['content'] if part['type'] == 'text' %}"
+        "{% if message['role'] == 'assistant' %}\n{% endif %}{{ part['text'] }}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        self.video_token_id = self.config.video_token_index
+        ratio = self.config.vision_aspect_ratio
+        if not re.fullmatch(r"anyres_max_[1-9]\d*", ratio):
+            raise CheckpointError(
+                "this vision_aspect_ratio is not supported", received=ratio, expected="anyres_max_N, such as _9"
+            )
+        own, tile = int(ratio.removeprefix("anyres_max_")), math.prod(self.dims.grid)
+
+        def most_patches(area: int) -> int:
+            return tile + min(int(area * tile * SHORTENED**2), (self.dims.most_tiles - 1) * tile)
+
+        area = next((area for area in range(own, 1, -1) if most_patches(area) <= MOST_TOKENS), 1)
+        if area < own:
+            self.notes = (
+                f"the tokens of an image's tiles are scaled down to those of {area} tiles, not {own}: TensorRT sorts "
+                f"at most {MOST_TOKENS}; as the checkpoint does with vision_aspect_ratio anyres_max_{area}",
+            )
+        self.dims = replace(self.dims, num_patches=most_patches(area), most_area=area)
+
+    @property
+    def default_processor(self) -> dict[str, Any]:
+        """The same, for SigLIP."""
+        side = self.dims.image_size
+        return {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "size": {"height": side, "width": side},
+            "image_grid_pinpoints": self.config.image_grid_pinpoints,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        }
+
+    def vision_inputs(self, batch: int) -> tuple[Tensor, ...]:
+        """Return the same pictures; each token lies between the one that it is there and the three before."""
+        pictures, layout = super().vision_inputs(batch)
+        neighbours = torch.stack([layout.roll(step, 1) for step in range(4)], dim=-1)
+        return pictures, neighbours, torch.softmax(torch.randn(neighbours.shape), dim=-1)
+
+
 class LlavaEncoder(nn.Module):
     """Vision tower up to the feature layer, one CLS attention row, projector: each computed once."""
 
+    tower_class: ClassVar[Any] = CLIPVisionModel
+    overrides: ClassVar[Mapping[str, Any]] = {}
+    saliency: ClassVar[Any] = staticmethod(cls_attention)
+    first_patch = 1
+
     def __init__(self, config: Any, layers: int, needs_saliency: bool) -> None:
         super().__init__()
-        vision_config = type(config.vision_config)(**{**config.vision_config.to_dict(), "num_hidden_layers": layers})
+        fields = {**config.vision_config.to_dict(), "num_hidden_layers": layers, **self.overrides}
+        vision_config = type(config.vision_config)(**fields)
         vision_config._attn_implementation = "sdpa"
-        tower: Any = CLIPVisionModel(vision_config)
+        tower: Any = self.tower_class(vision_config)
         # Comes after the feature layer; only pooling would use it.
         tower.post_layernorm = nn.Identity()
         self.vision_tower = tower
@@ -158,40 +228,55 @@ class LlavaEncoder(nn.Module):
         embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
         self.requires_grad_(False)
 
-    def forward(self, pixel_values: Tensor, layout: Tensor | None = None) -> tuple[Tensor, Tensor | None, Tensor]:
+    def forward(
+        self, pixel_values: Tensor, layout: Tensor | None = None, layout_weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return ``(patch_features [B,N,C], saliency float32 [B,N] or None, visual_tokens [B,N,D])``.
 
         With ``layout`` int64 ``[B,N]`` these are the patches of all pictures that it names; saliency is that within a
-        picture, each of which has its own CLS token.
+        picture. With ``layout_weights`` float32 ``[B,N,4]`` it names four patches for each, int64 ``[B,N,4]``, whose
+        weighted sum counts.
         """
         tower = self.vision_tower
-        dtype = tower.pre_layrnorm.weight.dtype
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(dtype)))
+        embed = tower.embeddings
+        hidden = self._before_layers(embed(pixel_values.to(embed.patch_embedding.weight.dtype)))
         for layer in tower.encoder.layers[:-1]:
             hidden = layer(hidden, None)
         last = tower.encoder.layers[-1]
-        saliency = cls_attention(last, hidden) if self.needs_saliency else None
-        features = last(hidden, None)[:, 1:]
+        saliency = self.saliency(last, hidden) if self.needs_saliency else None
+        features = last(hidden, None)[:, self.first_patch :]
         tokens = self.multi_modal_projector(features)
         if layout is None:
             return features, saliency, tokens
-        ordered = None if saliency is None else saliency.flatten()[layout]
-        return features.flatten(0, 1)[layout], ordered, tokens.flatten(0, 1)[layout]
+
+        def in_order(rows: Tensor) -> Tensor:
+            rows = rows.flatten(0, 1)
+            if layout_weights is None:
+                return rows[layout]
+            corners = zip(layout.unbind(-1), layout_weights.unbind(-1), strict=True)
+            mixed = [rows[corner].float() * weight[..., None] for corner, weight in corners]
+            return (mixed[0] + mixed[1] + (mixed[2] + mixed[3])).to(rows.dtype)
+
+        ordered = None if saliency is None else in_order(saliency[..., None])[..., 0]
+        return in_order(features), ordered, in_order(tokens)
+
+    def _before_layers(self, hidden: Tensor) -> Tensor:
+        return self.vision_tower.pre_layrnorm(hidden)
 
 
-def cls_attention(layer: Any, hidden: Tensor) -> Tensor:
-    """Return the CLS query's attention to every patch in ``layer``, mean over heads: float32 ``[B,N]``.
+class SiglipEncoder(LlavaEncoder):
+    """The same with SigLIP, which has no CLS token: saliency is the attention that a patch receives in the last layer.
 
-    The keys are those that the layer computes anyway; graph optimisers merge the two.
+    Summed over queries and mean over heads, as in the authors' variant of FlashVLM for another such encoder.
     """
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden)
-    batch, length, _ = normed.shape
-    heads, width = attention.num_heads, attention.head_dim
-    query = attention.q_proj(normed[:, :1]).float().view(batch, 1, heads, width).transpose(1, 2)
-    keys = attention.k_proj(normed).float().view(batch, length, heads, width).transpose(1, 2)
-    weights = torch.softmax(query @ keys.transpose(2, 3) * attention.scale, dim=-1)
-    return weights[:, :, 0, 1:].mean(1)
+
+    tower_class = SiglipVisionModel
+    overrides: ClassVar[Mapping[str, Any]] = {"vision_use_head": False}
+    saliency: ClassVar[Any] = staticmethod(layer_attention_received)
+    first_patch = 0
+
+    def _before_layers(self, hidden: Tensor) -> Tensor:
+        return hidden
 
 
 def _layers_to_run(feature_layer: int | list[int], num_layers: int) -> int:

@@ -12,18 +12,17 @@ from transformers import Qwen2_5_VLConfig, Qwen2Config
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel, rotate_half
 
 from flashvlm_export.errors import CheckpointError
-from flashvlm_export.models.adapter import Adapter, structured
+from flashvlm_export.manifest import VideoSettings
+from flashvlm_export.models.adapter import MOST_TOKENS, Adapter, structured
+from flashvlm_export.models.saliency import attention_received
 from flashvlm_export.specs import VisualDims, WindowDims
 from flashvlm_export.windows import in_windows
-
-# TensorRT sorts at most so many values; an image of more visual tokens is scaled down to these.
-MOST_TOKENS = 3840
 
 _MASKED = -6e4  # finite in float16, so that a window without any patch gives numbers, which nobody reads
 
 
 class Qwen25VLAdapter(Adapter):
-    """Adapter for ``model_type: qwen2_5_vl``; still images."""
+    """Adapter for ``model_type: qwen2_5_vl``."""
 
     family = "qwen2_5_vl"
     selection_defaults: ClassVar[Mapping[str, Any]] = {"weigh_text": True}
@@ -37,6 +36,7 @@ class Qwen25VLAdapter(Adapter):
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         "{% for part in message['content'] %}"
         "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}"
+        "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% endif %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
         "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
@@ -67,7 +67,10 @@ class Qwen25VLAdapter(Adapter):
                 vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size, vision.window_size // unit
             ),
         )
-        self.image_token_id = self.config.image_token_id
+        self.image_token_id, self.video_token_id = self.config.image_token_id, self.config.video_token_id
+        self.video = VideoSettings(
+            frames_per_moment=vision.temporal_patch_size, steps_per_second=float(vision.tokens_per_second)
+        )
         # The language model is Qwen2's but for what its positions are.
         fields = {key: value for key, value in text.to_dict().items() if key != "model_type"}
         rotation = {key: value for key, value in text.rope_parameters.items() if key != "mrope_section"}
@@ -92,6 +95,12 @@ class Qwen25VLAdapter(Adapter):
         }
 
     @property
+    def default_video_processor(self) -> dict[str, Any]:
+        """The same, with Qwen2-VL's least and most pixels of a frame."""
+        size = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}
+        return {**self.default_processor, "size": size}
+
+    @property
     def sample_patches(self) -> int:
         """Visual tokens of an image of six by five."""
         return 30
@@ -105,7 +114,7 @@ class Qwen25VLAdapter(Adapter):
         for number in range(batch):
             rows, columns = (6, 5) if number % 2 == 0 else (3, 10)
             noise = structured(torch.rand(1, 3, rows * unit, columns * unit))
-            images.append(in_windows(noise[0].numpy(), dims))
+            images.append(in_windows(noise.numpy(), dims))
         most = max(len(image.patches) for image in images)
         stacked = [
             np.stack([np.pad(part, ((0, most - len(part)), *((0, 0),) * (part.ndim - 1))) for part in parts])
@@ -163,7 +172,7 @@ class Qwen25VLEncoder(nn.Module):
                 part.flatten(0, rows - 1).flatten(1, -3).transpose(1, 2) for part in (query, key, value)
             )
             if number == len(tower.blocks) - 1 and self.needs_saliency:
-                saliency = _received(query, key, mask, patch_mask.flatten(1), block.attn.scaling)
+                saliency = attention_received(query, key, block.attn.scaling, mask, patch_mask.flatten(1))
             mixed = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=block.attn.scaling)
             hidden = hidden + block.attn.proj(mixed.transpose(1, 2).reshape(hidden.shape))
             hidden = hidden + block.mlp(block.norm2(hidden))
@@ -182,18 +191,3 @@ def _heads(block: Any, hidden: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Te
     cos, sin = turn.cos(), turn.sin()
     query, key = (part.float() * cos + rotate_half(part.float()) * sin for part in (query, key))
     return query.to(value.dtype), key.to(value.dtype), value
-
-
-def _received(query: Tensor, key: Tensor, mask: Tensor, is_patch: Tensor, scale: float) -> Tensor:
-    """Return the attention that each patch receives, summed over queries, mean over heads: float32 ``[B, patches]``.
-
-    Head by head, so that beside the map of all heads that attention itself makes, where it is not fused, there is no
-    other.
-    """
-    heads = query.shape[1]
-    asks = is_patch.float()[:, None, :]
-    total = torch.zeros_like(asks)
-    for head in range(heads):
-        weights = query[:, head].float() @ key[:, head].float().transpose(1, 2) * scale + mask[:, 0].float()
-        total = total + asks @ torch.softmax(weights, dim=-1)
-    return total[:, 0] / heads

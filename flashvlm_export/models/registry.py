@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from flashvlm_export.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from flashvlm_export.models.adapter import Adapter
 
 
@@ -74,6 +76,39 @@ def _llava(name: str, family: str, parameters: float, text: Mapping[str, Any]) -
             "image_token_index": 32000,
             "vision_config": _CLIP_L_336,
             "text_config": {"model_type": "llama", "vocab_size": 32064, "max_position_embeddings": 4096, **text},
+        },
+    )
+
+
+def _onevision(size: str, parameters: float, **text: Any) -> ModelEntry:
+    return ModelEntry(
+        name=f"llava-onevision-{size}",
+        repo=f"llava-hf/llava-onevision-qwen2-{size}-ov-hf",
+        family="llava_onevision",
+        visual_tokens=3375,
+        parameters=parameters,
+        config={
+            "model_type": "llava_onevision",
+            "image_token_index": 151646,
+            "video_token_index": 151647,
+            "vision_feature_layer": -1,
+            "vision_feature_select_strategy": "full",
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 16,
+                "image_size": 384,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+            "text_config": {
+                "model_type": "qwen2",
+                "max_position_embeddings": 32768,
+                "rope_theta": 1000000.0,
+                **text,
+            },
         },
     )
 
@@ -151,6 +186,27 @@ MODELS: dict[str, ModelEntry] = {
         _llava("llava-v1.6-vicuna-7b", "llava_next", 7.06, _VICUNA_7B),
         _llava("llava-v1.6-vicuna-13b", "llava_next", 13.35, _VICUNA_13B),
         _llava("llava-v1.6-mistral-7b", "llava_next", 7.57, _MISTRAL_7B),
+        _onevision(
+            "0.5b",
+            0.89,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            vocab_size=152000,
+            tie_word_embeddings=True,
+        ),
+        _onevision(
+            "7b",
+            8.03,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152128,
+        ),
         _qwen25_vl(
             "3b",
             3.75,
@@ -175,10 +231,49 @@ MODELS: dict[str, ModelEntry] = {
     )
 }
 
-FAMILIES: dict[str, str] = {
-    "llava": "flashvlm_export.models.llava:LlavaAdapter",
-    "llava_next": "flashvlm_export.models.llava:LlavaNextAdapter",
-    "qwen2_5_vl": "flashvlm_export.models.qwen2_5_vl:Qwen25VLAdapter",
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture that is exported.
+
+    Attributes:
+        adapter: ``module:Class``.
+        takes: what its questions can be about.
+        state: how far it has been shown to work, for people.
+    """
+
+    adapter: str
+    takes: str
+    state: str
+
+
+_ON_TINY = "equals transformers token by token on seeded tiny checkpoints; its engines compile at full size"
+
+FAMILIES: dict[str, Family] = {
+    "llava": Family(
+        "flashvlm_export.models.llava:LlavaAdapter",
+        "images",
+        "equals transformers token by token on flashvlm-tiny, which was trained, and on seeded tiny checkpoints; its "
+        "engines compile at full size",
+    ),
+    "llava_next": Family("flashvlm_export.models.llava:LlavaNextAdapter", "images", _ON_TINY),
+    "llava_onevision": Family("flashvlm_export.models.llava:LlavaOnevisionAdapter", "images, videos", _ON_TINY),
+    "qwen2_5_vl": Family("flashvlm_export.models.qwen2_5_vl:Qwen25VLAdapter", "images, videos", _ON_TINY),
+}
+
+# Architectures that are easily taken for one of these, and what they would need.
+_NEAR = {
+    "qwen2_vl": "Qwen2-VL: every block of its vision tower attends to whole images, with other norms than Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL: features of several vision layers go into layers of its language model (DeepStack)",
+    "qwen3_vl_moe": "Qwen3-VL: features of several vision layers go into layers of its language model (DeepStack)",
+    "qwen2_5_omni": "Qwen2.5-Omni: its Thinker holds a Qwen2.5-VL beside its audio tower, under other names",
+    "llavaonevision1_5": "LLaVA-OneVision-1.5: its vision tower is RICE-ViT and its language model Qwen3",
+    "llava_next_video": "LLaVA-NeXT-Video: it pools frames as LLaVA-NeXT, whose images alone are supported, does not",
+    "video_llava": "Video-LLaVA: it has a vision tower of its own for videos",
+    "vipllava": "ViP-LLaVA: its projector takes features of several vision layers",
+    "llava_llama": "a checkpoint in the layout of LLaVA's authors: take the one that was converted, of llava-hf",
+    "llava_mistral": "a checkpoint in the layout of LLaVA's authors: take the one that was converted, of llava-hf",
+    "llava_qwen": "a checkpoint in the layout of LLaVA's authors: take the one that was converted, of llava-hf",
 }
 
 
@@ -191,17 +286,22 @@ def find_model(name: str) -> ModelEntry | None:
     return next((entry for entry in MODELS.values() if name in (entry.name, entry.repo)), None)
 
 
+def outside_families() -> dict[str, EntryPoint]:
+    """Return the adapters that other packages announce, by ``model_type``; none is imported."""
+    from importlib.metadata import entry_points  # 20 ms, for those who only look models up
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
 def adapter_class(model_type: str) -> type[Adapter]:
     """Return the adapter for ``model_type`` of a ``config.json`` (imports torch).
 
     Raises:
         CheckpointError: if no adapter exports this architecture.
     """
-    from importlib.metadata import entry_points  # 20 ms, for those who only look models up
-
-    outside = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-    target = FAMILIES.get(model_type)
-    if target is None and model_type in outside:
+    outside = outside_families()
+    family = FAMILIES.get(model_type)
+    if family is None and model_type in outside:
         try:
             found: type[Adapter] = outside[model_type].load()
             return found
@@ -211,13 +311,14 @@ def adapter_class(model_type: str) -> type[Adapter]:
                 received=f"{outside[model_type].value}: {type(error).__name__}: {error}",
                 expected=f"an entry point of {ENTRY_POINTS} that imports",
             ) from error
-    if target is None:
+    if family is None:
+        near = f" ({_NEAR[model_type]})" if model_type in _NEAR else ""
         raise CheckpointError(
             "this architecture is not supported yet",
-            received=f"model_type {model_type!r}",
+            received=f"model_type {model_type!r}{near}",
             expected=f"one of {', '.join([*FAMILIES, *outside])}",
             hint="flashvlm models lists what can be exported; docs/adding-a-model.md tells how to add one",
         )
-    module, _, attribute = target.partition(":")
+    module, _, attribute = family.adapter.partition(":")
     adapter: type[Adapter] = getattr(importlib.import_module(module), attribute)
     return adapter

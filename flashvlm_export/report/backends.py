@@ -161,9 +161,7 @@ def make_pytorch(
     select = selector.make_module(selector.make_config(manifest.selection.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' advice on generation settings
-        # A bundle may scale images further down than its checkpoint does.
-        pixels = inputs.preprocess.settings.pixel_range
-        reference = make_reference(checkpoint, language_attention="sdpa", pixels=pixels[1:] if pixels else None)
+        reference = make_reference(checkpoint, language_attention="sdpa", like=opened)
     ends = set(manifest.prompt.eos_token_ids) if manifest.prompt else set()
 
     def run(index: int, budget: int) -> Run:

@@ -68,6 +68,6 @@ def _draw(settings: ReportSettings, measured: Measured) -> list[Picture]:
         indices, scores = measured.selections[index, budget]
         loaded = load_image(image)
         grids = inputs.prepare(loaded).layout.grids
-        drawing = draw_selection(inputs.preprocess.view(loaded), indices, scores, grids, question)
+        drawing = draw_selection([inputs.preprocess.view(loaded)], indices, scores, grids, question)
         pictures.append(Picture(index, f"{image.name}: {question}", drawing))
     return pictures

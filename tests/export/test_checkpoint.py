@@ -367,7 +367,22 @@ class TestConfig:
         assert str(checkpoint / "config.json") in message
         assert '"model_type"' in message
 
-    @pytest.mark.parametrize("model_type", ["llava_onevision", "qwen2_vl", "llama", "clip", "", "LLaVA"])
+    @pytest.mark.parametrize(
+        ("model_type", "known"),
+        [
+            ("qwen2_vl", "Qwen2-VL:"),
+            ("qwen3_vl", "DeepStack"),
+            ("llavaonevision1_5", "RICE-ViT"),
+            ("llava_qwen", "llava-hf"),
+        ],
+    )
+    def test_near_architectures_are_named(self, checkpoint: Path, model_type: str, known: str) -> None:
+        edit_config(checkpoint, lambda config: config.update(model_type=model_type))
+        message = refuse_export(checkpoint)
+        assert f"model_type {model_type!r}" in message
+        assert known in message
+
+    @pytest.mark.parametrize("model_type", ["llava_med", "llama", "clip", "", "LLaVA"])
     def test_other_architectures(self, checkpoint: Path, model_type: str) -> None:
         edit_config(checkpoint, lambda config: config.update(model_type=model_type))
         message = refuse_export(checkpoint)

@@ -19,7 +19,12 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
 )
 
 # Rows and columns of tiles that LLaVA-NeXT's checkpoints know.
@@ -30,6 +35,34 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+ONEVISION_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'video') %}{{ '<video>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# 9 visual tokens of a picture, as odd a grid as that of the released checkpoints.
+ONEVISION_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 42,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+ONEVISION_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 321,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _CORPUS = [
     "USER: what is in this picture? ASSISTANT: a cat, a rocket, a cup of coffee and an astronaut on the moon.",
     "the quick brown fox jumps over the lazy dog while 0123456789 people read the sign by the river",
@@ -111,10 +144,15 @@ def make_tiny_llava(
 ) -> Path:
     """Write a seeded random checkpoint with tokenizer, chat template and image processor; return ``directory``.
 
-    ``family`` is ``llava`` or ``llava_next``, whose tiles have the model's image size.
+    ``family`` is ``llava``, ``llava_next``, whose tiles have the model's image size, or ``llava_onevision``.
     """
     tokenizer = make_tokenizer(options.get("vocab_size", 320))
     options["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
+    if family == "llava_onevision":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<video>"]}, replace_extra_special_tokens=False)
+        tokenizer.chat_template = ONEVISION_TEMPLATE
+        options.setdefault("vision_config", SiglipVisionConfig(**ONEVISION_TOWER))
+        options.setdefault("text_config", Qwen2Config(**ONEVISION_TEXT))
     shard_size = options.pop("max_shard_size", "5GB")
     config: Any = make_config(**options)
     size = config.vision_config.image_size
@@ -138,6 +176,19 @@ def make_tiny_llava(
             chat_template=CHAT_TEMPLATE,
         )
         model_class = LlavaNextForConditionalGeneration
+    if family == "llava_onevision":
+        resolutions = [[size * rows, size * columns] for rows in range(1, 7) for columns in range(1, 7)]
+        config = LlavaOnevisionConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_index=config.image_token_index,
+            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+            image_grid_pinpoints=resolutions,
+        )
+        processor = LlavaOnevisionImageProcessorPil(
+            size={"height": size, "width": size}, image_grid_pinpoints=resolutions, image_mean=[0.5] * 3
+        )
+        model_class = LlavaOnevisionForConditionalGeneration
     torch.manual_seed(seed)
     model = model_class(config)
     with torch.no_grad():
@@ -158,7 +209,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--image-size", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--family", choices=("llava", "llava_next"), default="llava")
+    parser.add_argument("--family", choices=("llava", "llava_next", "llava_onevision"), default="llava")
     args = parser.parse_args()
     make_tiny_llava(args.directory, seed=args.seed, image_size=args.image_size, family=args.family)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from helpers.tiny_llava import make_tokenizer
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -67,6 +70,9 @@ def make_tiny_qwen(directory: Path, *, seed: int = 0, dtype: torch.dtype = torch
     model.to(dtype).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 60).save_pretrained(directory)
+    # As transformers' video processor, which needs torchvision, would write it: frames of up to 30 visual tokens.
+    frames = {"video_processor_type": "Qwen2VLVideoProcessor", "min_pixels": 56 * 56, "max_pixels": 28 * 28 * 30}
+    (directory / "video_preprocessor_config.json").write_text(json.dumps(frames))
     return directory
 
 

@@ -169,7 +169,7 @@ def test_every_line_that_keeps_a_token_ends_with_a_newline(pipeline: Pipeline) -
     prompt = pipeline.encode([Request([picture((640, 480))], "What is this?")], budget=9)[0]
     (image,) = prompt.images
     rows, columns = image.layout.grids[1]
-    overview = len(image.layout.order) - rows * columns
+    overview = image.layout.num_tokens - rows * columns
     lines = sorted({(index - overview) // columns for index in image.indices.tolist() if index >= overview})
     newline = np.load(pipeline.bundle.file("image_newline.npy"))
     is_newline = (image.rows == newline).all(1)
@@ -198,12 +198,12 @@ def test_a_pruned_prompt_survives_its_file(pipeline: Pipeline, tmp_path: Path) -
 def test_a_heat_map_has_panels_for_overview_and_tiles(pipeline: Pipeline) -> None:
     image = picture((640, 480))
     kept = pipeline.encode([Request([image], "What is this?")], budget=9)[0].images[0]
-    sheet = draw_selection(pipeline.view(image), kept.indices, kept.scores, kept.layout.grids, "What is this?")
-    alone = draw_selection(image, np.array([0]), kept.scores[:16], kept.layout.grids[:1], "What is this?")
+    sheet = draw_selection(pipeline.views(image), kept.indices, kept.scores, kept.layout.grids, "What is this?")
+    alone = draw_selection([image], np.array([0]), kept.scores[:16], kept.layout.grids[:1], "What is this?")
     assert sheet.width == alone.width
     assert sheet.height > 1.5 * alone.height
     with pytest.raises(ConfigError, match="do not fill"):
-        draw_selection(image, kept.indices, kept.scores, kept.layout.grids[:1], "")
+        draw_selection([image], kept.indices, kept.scores, kept.layout.grids[:1], "")
 
 
 def test_processor_and_model_have_to_agree_on_tiles(checkpoint: Path, tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph, picture
-from helpers.tiny_qwen import make_tiny_qwen
 from safetensors.torch import load_file, save_file
 
 from flashvlm_export.bundle import Bundle
@@ -34,16 +33,13 @@ SIZES = [(640, 480), (480, 640), (140, 140), (1600, 400), (1, 1), (57, 56), (200
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_qwen(tmp_path_factory.mktemp("qwen") / "tiny-qwen")
+def checkpoint(qwen_checkpoint: Path) -> Path:
+    return qwen_checkpoint
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Path:
-    settings = ExportSettings(
-        str(checkpoint), checkpoint.parent / "bundle", split=True, decoder="fp32", engine_check="off"
-    )
-    return bundle_from_checkpoint(settings).path
+def bundle(qwen_bundle: Path) -> Path:
+    return qwen_bundle
 
 
 @pytest.fixture(scope="module", params=["fused", "split"])
@@ -68,7 +64,7 @@ def test_patches_are_those_of_the_processor(
     given = reference.processor(image, return_tensors="np")
     prepared = pipeline.inputs.prepare(image)
     patches, mask = prepared.inputs["pixel_values"], prepared.inputs["patch_mask"]
-    units = patches.reshape(-1, 4, patches.shape[-1])[prepared.layout.order]
+    units = patches.reshape(-1, 4, patches.shape[-1])[prepared.rows.order]
     np.testing.assert_array_equal(units.reshape(-1, patches.shape[-1]), given["pixel_values"])
     assert (1, *(2 * side for side in prepared.layout.grids[0])) == tuple(given["image_grid_thw"][0])
     assert mask.sum() == len(given["pixel_values"])

@@ -64,7 +64,7 @@ def engine(
         if "FLASHVLM_VLLM_TEXT" not in os.environ:
             pytest.skip("needs an environment with vLLM: make vllm-lane")
         with Pipeline.open(tiny_bundle, llm=None) as vlm:
-            text, options = Path(os.environ["FLASHVLM_VLLM_TEXT"]), {"dtype": "float32", "enforce_eager": True}
+            text, options = Path(os.environ["FLASHVLM_VLLM_TEXT"]), {"enforce_eager": True}
             vlm.llm = VllmOfflineLLM(text, vlm.embeddings.lookup, vlm.embeddings.vocab_size, options=options)
             vlm.load()
             yield vlm

@@ -184,7 +184,7 @@ def test_a_question_that_fails_takes_its_pictures_along(
     monkeypatch.setattr("sys.stdin", Terminal(lines))
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("shows a picture again") == 1
+    assert captured.err.count("shows one again") == 1
     answers = json.loads(captured.out)["answers"]
     assert [(row["prompt"], len(row["kept_indices"])) for row in answers] == [("What is it?", 1), ("And now?", 1)]
 

@@ -143,8 +143,8 @@ class Oracle:
         """Ids with each image's four visual tokens folded into one."""
         image = np.zeros((28, 28, 3), np.uint8)
         messages: list[dict[str, Any]] = []
-        for turn in [*history, Turn(num_images, question, "")]:
-            pictures = [{"type": "image", "image": image} for _ in range(turn.num_images)]
+        for turn in [*history, Turn(["image"] * num_images, question, "")]:
+            pictures = [{"type": "image", "image": image} for _ in turn.media]
             messages.append({"role": "user", "content": [*pictures, {"type": "text", "text": turn.question}]})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         del messages[-1]
@@ -172,7 +172,7 @@ def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
 def test_chat_equals_transformers(oracle: Oracle, template: str, num_images: int, system: str | None) -> None:
     builder = PromptBuilder(oracle.path, template, oracle.settings)
     for question in QUESTIONS:
-        prompt = builder.chat(question, num_images, system)
+        prompt = builder.chat(question, ["image"] * num_images, system)
         assert prompt.token_ids.tolist() == oracle.ids(template, question, num_images, system)
 
 
@@ -181,9 +181,13 @@ def test_conversations_equal_transformers(oracle: Oracle, template: str) -> None
     """Images of several turns; the question's words are those of the last turn, also where it was asked before."""
     builder = PromptBuilder(oracle.path, template, oracle.settings)
     again = "which one is older?"
-    history = [Turn(1, "what is this?", "A cat."), Turn(0, again, "I see one."), Turn(2, "and now?", "Two")]
+    history = [
+        Turn(["image"], "what is this?", "A cat."),
+        Turn([], again, "I see one."),
+        Turn(["image"] * 2, "and now?", "Two"),
+    ]
     for num_images, system in ((0, None), (1, "You are helpful.")):
-        prompt = builder.chat(again, num_images, system, history)
+        prompt = builder.chat(again, ["image"] * num_images, system, history)
         assert prompt.token_ids.tolist() == oracle.ids(template, again, num_images, system, history)
         assert len(prompt.image_positions) == 3 + num_images
         asked = np.flatnonzero(prompt.question_mask)
@@ -201,7 +205,7 @@ def test_bos_comes_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_one_placeholder_per_image(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    prompt = build(tokenizer, tmp_path).chat("which one is older?", num_images=3)
+    prompt = build(tokenizer, tmp_path).chat("which one is older?", ["image"] * 3)
     image_id = tokenizer.token_to_id("<image>")
     assert prompt.token_ids.dtype == np.int64
     assert len(prompt.image_positions) == 3
