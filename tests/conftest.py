@@ -73,6 +73,20 @@ def qwen_bundle(qwen_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def next_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-NeXT checkpoint with random weights. Do not change it: copy it."""
+    from helpers.tiny_llava import make_tiny_llava
+
+    return make_tiny_llava(tmp_path_factory.mktemp("next") / "tiny", family="llava_next")
+
+
+@pytest.fixture(scope="session")
+def next_bundle(next_checkpoint: Path) -> Path:
+    """The bundle of ``next_checkpoint``. Do not change it."""
+    return _export_split(next_checkpoint)
+
+
+@pytest.fixture(scope="session")
 def onevision_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LLaVA-OneVision checkpoint with random weights. Do not change it: copy it."""
     from helpers.tiny_llava import make_tiny_llava

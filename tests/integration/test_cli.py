@@ -27,10 +27,13 @@ def test_models_for_people_and_machines(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["models"]) == 0
     assert "llava-hf/llava-1.5-13b-hf" in capsys.readouterr().out
     assert main(["models", "--json"]) == 0
-    names = [entry["name"] for entry in json.loads(capsys.readouterr().out)["models"]]
+    listed = json.loads(capsys.readouterr().out)
+    names = [entry["name"] for entry in listed["models"]]
     llava_next = [f"llava-v1.6-{name}" for name in ("vicuna-7b", "vicuna-13b", "mistral-7b")]
-    qwen = ["qwen2.5-vl-3b", "qwen2.5-vl-7b"]
-    assert names == ["flashvlm-tiny", "llava-1.5-7b", "llava-1.5-13b", *llava_next, *qwen]
+    others = ["llava-onevision-0.5b", "llava-onevision-7b", "qwen2.5-vl-3b", "qwen2.5-vl-7b"]
+    assert names == ["flashvlm-tiny", "llava-1.5-7b", "llava-1.5-13b", *llava_next, *others]
+    assert {entry["family"] for entry in listed["models"]} <= listed["families"].keys()
+    assert listed["families"]["qwen2_5_vl"]["takes"] == "images, videos"
 
 
 def test_export_inspect_run(tiny_checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

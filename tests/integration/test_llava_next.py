@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph, picture
-from helpers.tiny_llava import make_tiny_llava
 from transformers import AutoProcessor
 
 from flashvlm_export.errors import CheckpointError, ConfigError
@@ -42,16 +41,13 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_llava(tmp_path_factory.mktemp("next") / "tiny-next", family="llava_next")
+def checkpoint(next_checkpoint: Path) -> Path:
+    return next_checkpoint
 
 
 @pytest.fixture(scope="module")
-def bundle(checkpoint: Path) -> Path:
-    settings = ExportSettings(
-        str(checkpoint), checkpoint.parent / "bundle", split=True, decoder="fp32", engine_check="off"
-    )
-    return bundle_from_checkpoint(settings).path
+def bundle(next_bundle: Path) -> Path:
+    return next_bundle
 
 
 @pytest.fixture(scope="module", params=["fused", "split"])
