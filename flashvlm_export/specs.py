@@ -315,8 +315,11 @@ def _dynamic(dims: VisualDims) -> tuple[DynamicDim, ...]:
     )
 
 
-def check_budget(budget: object, num_patches: int) -> int:
-    """Return ``budget`` as an ``int``; raise :class:`BudgetError` unless it is a whole number in ``1..num_patches``."""
+def check_budget(budget: object, num_patches: int, what: str = "one image") -> int:
+    """Return ``budget`` as an ``int``; raise :class:`BudgetError` unless it is a whole number in ``1..num_patches``.
+
+    Those are the visual tokens of ``what``, for people.
+    """
     try:
         if isinstance(budget, bool):
             raise TypeError
@@ -331,7 +334,7 @@ def check_budget(budget: object, num_patches: int) -> int:
         raise BudgetError(
             "the token budget is out of range",
             received=value,
-            expected=f"1 to {num_patches}, the visual tokens of one image",
+            expected=f"1 to {num_patches}, the visual tokens of {what}",
             hint=f"use --budget {num_patches} to keep every token",
         )
     return value

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Answer, Exchange, Pruning, Request, Visual
+from flashvlm_export.runtime.video import MOST_FRAMES
 from flashvlm_export.specs import check_budget
 
 
@@ -22,7 +23,7 @@ class Chat:
         system: text of a system message.
 
     Raises:
-        BudgetError: if the budget is out of range.
+        BudgetError: if the budget is out of range whatever is shown.
     """
 
     def __init__(
@@ -30,8 +31,8 @@ class Chat:
     ) -> None:
         self.vlm = vlm
         self.pruning = Pruning() if pruning is None else pruning
-        if self.pruning.budget is not None:
-            check_budget(self.pruning.budget, vlm.visual_tokens)
+        if self.pruning.budget is not None:  # what no question can mend
+            check_budget(self.pruning.budget, vlm.visual_tokens * (MOST_FRAMES if vlm.inputs.video else 1))
         self.reselect = reselect
         self.system = system
         self.exchanges: list[Exchange] = []

@@ -31,7 +31,7 @@ LIMIT_PIXELS = 178_956_970
 # Pillow hands EPS to Ghostscript, a program that interprets the file.
 _REFUSED_FORMATS = frozenset({"EPS"})
 _EXIF_ORIENTATION = 0x0112
-_WHAT_TO_DO = "convert it to PNG or JPEG and try again"
+_WHAT_TO_DO = "convert it to PNG or JPEG and try again; a video is shown by --video, or read_video"
 
 # warnings.catch_warnings changes the whole process; two of them at a time could leave a filter behind.
 _opening = threading.Lock()

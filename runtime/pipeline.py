@@ -31,6 +31,7 @@ from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
 from flashvlm_export.runtime.request import (
     Answer,
+    Division,
     PrunedPrompt,
     Pruning,
     Request,
@@ -43,6 +44,8 @@ from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.runtime.stop_strings import StopStrings
 from flashvlm_export.runtime.video import Video
 from flashvlm_export.runtime.wanted import Picture, Wanted, want_image, want_video
+from flashvlm_export.selection import get_selector
+from flashvlm_export.selection.config import FlashVLMConfig
 from flashvlm_export.specs import Array, Precision
 
 T = TypeVar("T")
@@ -50,6 +53,9 @@ K = TypeVar("K")
 
 #: Room for encoded images: 45 of LLaVA-1.5-7B in float16, 22 in float32.
 CACHE_BYTES = 256 << 20
+
+# Pictures in float32 at a time, of those that are encoded: the moments of a video are many.
+_PREPARED = 16
 
 
 class Pipeline:
@@ -164,18 +170,19 @@ class Pipeline:
         text_span: TextSpan = "prompt",
         positions: Positions | None = None,
         selector: str | None = None,
+        division: Division = "evenly",
     ) -> list[PrunedPrompt]:
         """Return one pruned prompt per request; all images go through the graph together.
 
         Args:
             requests: one or more; a request with several images is selected for each of them.
-            budget, text_span, positions, selector: see :class:`Pruning`.
+            budget, text_span, positions, selector, division: see :class:`Pruning`.
 
         Raises:
             BudgetError, ConfigError, ImageError, LLMError, PromptError, SessionError: nothing was computed for any
                 request.
         """
-        pruning = Pruning(budget, text_span, positions, selector)
+        pruning = Pruning(budget, text_span, positions, selector, division)
         return self.encode_each([(request, pruning) for request in requests])
 
     def encode_each(self, asked: Sequence[tuple[Request, Pruning]]) -> list[PrunedPrompt]:
@@ -196,7 +203,7 @@ class Pipeline:
             several = self.preprocess.settings.pads_several and prompt.media.count("image") > 1
             self._check_selector(pruning)
             mine = [
-                self._wanted(each, guide, pruning, several=several)
+                self._wanted(each, guide, pruning, several=several, beside_video="video" in prompt.media)
                 for each in shown
                 if not isinstance(each, SelectedImage)
             ]
@@ -227,11 +234,14 @@ class Pipeline:
                 expected="a pipeline with selectors",
             )
 
-    def _wanted(self, visual: ImageSource | Video, guide: Array, pruning: Pruning, *, several: bool) -> Wanted:
+    def _wanted(
+        self, visual: ImageSource | Video, guide: Array, pruning: Pruning, *, several: bool, beside_video: bool
+    ) -> Wanted:
         """Return what is to be selected of ``visual``; raise where that cannot be."""
         if not isinstance(visual, Video):
-            usual, most = self.default_budget, self.visual_tokens
-            return want_image(visual, guide, pruning, usual=usual, most=most, several=several)
+            # Beside a video, whose budget may be larger than any image, an image that has fewer tokens keeps them all.
+            most = None if beside_video else self.visual_tokens
+            return want_image(visual, guide, pruning, usual=self.default_budget, most=most, several=several)
         if pruning.division == "relevance" and not isinstance(self.session, SplitSession):
             raise UsageError(
                 "how relevant the moments of a video are does not show in the fused graph, which selects at once",
@@ -240,7 +250,7 @@ class Pipeline:
                 hint="or divide the budget evenly",
             )
         assert self.inputs.video is not None  # a prompt with a video is refused without
-        return want_video(visual, guide, pruning, self.inputs.video, most=self.visual_tokens)
+        return want_video(visual, guide, pruning, self.inputs.video, most_each=self.visual_tokens)
 
     def _check_length(
         self, shown: Sequence[Visual], pruning: Pruning, prompt: TokenizedPrompt, wanted: Sequence[Wanted]
@@ -259,12 +269,10 @@ class Pipeline:
         text, open_images = len(prompt.token_ids) - len(images), len(wanted)
         # Where images differ, how many tokens one has shows when it is opened.
         least = 1 if gaps and manifest.position_axes > 1 else manifest.dims.least_patches
-        least_each = [
-            max(len(each.pictures), each.times[-1] + 1 if gaps else each.budget or 0)
-            if each.times
-            else (least if gaps else min(each.budget or least, least))
-            for each in wanted
-        ]
+        least_each = []
+        for each in wanted:
+            whole = max(least * len(each.pictures), each.times[-1] + 1 if each.times and gaps else 0)
+            least_each.append(whole if gaps else min(each.budget or len(each.pictures), whole))
         length = text + sum(chosen) + sum(least_each)
         if length <= most:
             return
@@ -288,10 +296,9 @@ class Pipeline:
         layouts = [image.layout for image in encoded or prepared]
         owners = [each for each in wanted for _ in each.pictures]
         budgets: list[int] = []
-        settings = self.bundle.manifest.selection.config
         for each in wanted:
             mine = slice(len(budgets), len(budgets) + len(each.pictures))
-            budgets += each.budgets(layouts[mine], encoded[mine], settings)
+            budgets += each.budgets(layouts[mine], encoded[mine], self._relevance(each.pruning))
 
         def how(place: int) -> tuple[int, int, str | None]:
             return layouts[place].num_tokens, budgets[place], owners[place].pruning.selector
@@ -309,6 +316,15 @@ class Pipeline:
         clock.lap("select" if encoded else "visual")
         parts = iter([(layouts[place], *kept[place]) for place in range(len(pictures))])
         return [each.joined([next(parts) for _ in each.pictures], self.newline) for each in wanted]
+
+    def _relevance(self, pruning: Pruning) -> FlashVLMConfig:
+        """Return what relevance is for the selector that is asked for, or FlashVLM's own where it knows none."""
+        if isinstance(self.session, SplitSession):
+            name = self.session.loaded(pruning.selector)
+            config = get_selector(name).make_config(self.session.halves.selectors[name].config)
+            if isinstance(config, FlashVLMConfig):
+                return config
+        return FlashVLMConfig()
 
     def _prepared(self, pictures: Sequence[Picture], clock: Clock) -> list[PreparedImage]:
         loaded = [[load_image(frame) for frame in picture.frames] for picture in pictures]
@@ -336,12 +352,15 @@ class Pipeline:
     def _encode(self, missing: dict[str, Picture], found: dict[str, EncodedImage | None], clock: Clock) -> None:
         """Put every image of ``missing`` into ``found``, and into what is remembered."""
         assert isinstance(self.session, SplitSession)
-        prepared = dict(zip(missing, self._prepared(list(missing.values()), clock), strict=True))
-        for _, batch in self._batches(list(prepared), lambda key: prepared[key].layout.num_tokens):
-            for key, fresh in zip(batch, self.session.encode([prepared[key] for key in batch]), strict=True):
-                found[key] = fresh
-                self.images.put(key, fresh)
-        clock.lap("encode")
+        for part in range(0, len(missing), _PREPARED):
+            keys = list(missing)[part : part + _PREPARED]
+            prepared = dict(zip(keys, self._prepared([missing[key] for key in keys], clock), strict=True))
+            counts = {key: image.layout.num_tokens for key, image in prepared.items()}
+            for _, batch in self._batches(keys, counts.__getitem__):
+                for key, fresh in zip(batch, self.session.encode([prepared[key] for key in batch]), strict=True):
+                    found[key] = fresh
+                    self.images.put(key, fresh)
+            clock.lap("encode")
 
     def _batches(self, items: Sequence[T], alike: Callable[[T], K]) -> Iterator[tuple[K, list[T]]]:
         """Yield ``items`` that are ``alike`` in parts that the graph takes as one batch."""
@@ -425,11 +444,11 @@ class Pipeline:
         text_span: TextSpan = "prompt",
         positions: Positions | None = None,
         selector: str | None = None,
+        division: Division = "evenly",
     ) -> Answer:
         """Return the answer to one question about one image or video; see :meth:`encode` and :meth:`answer`."""
-        request = Request([image], question)
-        prompt = self.encode([request], budget=budget, text_span=text_span, positions=positions, selector=selector)[0]
-        return self.answer(prompt, params)
+        pruning = Pruning(budget, text_span, positions, selector, division)
+        return self.answer(self.encode_each([(Request([image], question), pruning)])[0], params)
 
     @contextmanager
     def reusing_prefixes(self) -> Iterator[None]:
@@ -489,8 +508,8 @@ class Pipeline:
         if not request.all_images:
             raise UsageError(
                 "a request without images",
-                expected="at least one image",
-                hint="--image FILE; in a conversation from standard input also a line /image FILE",
+                expected="at least one image or video",
+                hint="--image FILE or --video FILE; in a conversation from standard input also a line /image FILE",
             )
         media = [medium_of(image) for image in request.images]
         if request.raw:

@@ -6,9 +6,9 @@ as of an image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from flashvlm_export.runtime.layout import ImageLayout, clip, with_newline_at_en
 from flashvlm_export.runtime.request import Pruning, SelectedImage
 from flashvlm_export.runtime.sessions.split import EncodedImage
 from flashvlm_export.runtime.video import Video, frames_differ
+from flashvlm_export.selection.config import FlashVLMConfig
+from flashvlm_export.selection.flashvlm_numpy import token_relevance
 from flashvlm_export.specs import Array, check_budget
 
 # Of a video's visual tokens, where nothing is said: 128 of 576 in the paper.
@@ -57,14 +59,14 @@ class Wanted:
     times: Sequence[int] = ()
 
     def budgets(
-        self, layouts: Sequence[ImageLayout], encoded: Sequence[EncodedImage], settings: Mapping[str, Any]
+        self, layouts: Sequence[ImageLayout], encoded: Sequence[EncodedImage], config: FlashVLMConfig
     ) -> list[int]:
         """Return how many visual tokens of each picture are kept.
 
         Args:
             layouts: of each.
             encoded: what is remembered of each, to divide a video's budget by relevance.
-            settings: of the selector.
+            config: what relevance is.
 
         Raises:
             VideoError: if the frames of a video differ in size.
@@ -77,7 +79,7 @@ class Wanted:
         total = self.budget or max(len(counts), round(_KEPT_SHARE * sum(counts)))
         weights = np.full(len(counts), 1 / len(counts))
         if self.pruning.division == "relevance":
-            weights = weights + relevance([image.projected_tokens for image in encoded], self.guide, settings)
+            weights = weights + relevance([image.projected_tokens for image in encoded], self.guide, config)
         return divided(min(total, sum(counts)), weights.tolist(), counts)
 
     def joined(self, kept: Sequence[tuple[ImageLayout, Array, Array, Array]], newline: Array | None) -> SelectedImage:
@@ -92,7 +94,9 @@ class Wanted:
         return SelectedImage(*rows, together, np.concatenate(scores), layout)
 
 
-def want_image(source: ImageSource, guide: Array, pruning: Pruning, *, usual: int, most: int, several: bool) -> Wanted:
+def want_image(
+    source: ImageSource, guide: Array, pruning: Pruning, *, usual: int, most: int | None, several: bool
+) -> Wanted:
     """Return what is to be selected of one image.
 
     Args:
@@ -100,36 +104,39 @@ def want_image(source: ImageSource, guide: Array, pruning: Pruning, *, usual: in
         guide: text rows ``[L, D]``.
         pruning: what is asked for.
         usual: budget where nothing is said.
-        most: visual tokens that an image can have.
+        most: the largest budget; ``None`` for any.
         several: the model sees it as one of several.
 
     Raises:
         BudgetError: if the budget is not 1 to ``most``.
     """
-    budget = check_budget(usual if pruning.budget is None else pruning.budget, most)
-    return Wanted([Picture((source,), "one of several" if several else "image")], guide, budget, pruning)
+    budget = usual if pruning.budget is None else pruning.budget
+    budget = budget if most is None else check_budget(budget, most)
+    seen_as: Literal["image", "one of several"] = "one of several" if several else "image"
+    return Wanted([Picture((source,), seen_as)], guide, budget, pruning)
 
 
-def want_video(video: Video, guide: Array, pruning: Pruning, settings: VideoSettings, *, most: int) -> Wanted:
-    """Return what is to be selected of a video, of whose moments each has at most ``most`` visual tokens.
+def want_video(video: Video, guide: Array, pruning: Pruning, settings: VideoSettings, *, most_each: int) -> Wanted:
+    """Return what is to be selected of a video, whose moments have at most ``most_each`` visual tokens.
 
     Raises:
-        BudgetError: if the budget is less than one token for each moment, or more than there are.
+        BudgetError: if the budget is less than one token for each moment, or more than there can be.
     """
     step, frames = settings.frames_per_moment, video.frames
     moments = [Picture(tuple(frames[start : start + step]), "moment") for start in range(0, len(frames), step)]
-    budget = None if pruning.budget is None else check_budget(pruning.budget, len(moments) * most)
-    if budget is not None and budget < len(moments):
+    if isinstance(pruning.budget, int) and pruning.budget < len(moments):
         raise BudgetError(
             "the token budget is too small for the video",
-            received=budget,
+            received=pruning.budget,
             expected=f"at least 1 for each of its {len(moments)} moments ({len(frames)} frames)",
             hint="keep more visual tokens, or take fewer frames",
         )
+    if pruning.budget is not None:
+        check_budget(pruning.budget, len(moments) * most_each, f"{len(moments)} moments at most")
     # In float32, as transformers counts them.
     interval = np.float32(settings.steps_per_second * step / video.fps)
     times = (np.arange(len(moments), dtype=np.float32) * interval).astype(np.int64)
-    return Wanted(moments, guide, budget, pruning, times.tolist())
+    return Wanted(moments, guide, pruning.budget, pruning, times.tolist())
 
 
 def divided(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
@@ -154,31 +161,20 @@ def divided(total: int, weights: Sequence[float], most: Sequence[int]) -> list[i
     return [int(count) for count in given]
 
 
-def relevance(moments: Sequence[Array], text: Array, settings: Mapping[str, Any]) -> Array:
+def relevance(moments: Sequence[Array], text: Array, config: FlashVLMConfig) -> Array:
     """Return the share of each moment in the relevance of all their visual tokens to a question: float64, sum 1.
 
-    A token's relevance is FlashVLM's (arXiv 2512.20561): its cosine to the tokens of the text, averaged with weights
-    that favour those alike, and sharpened by a softmax, here over the tokens of all moments.
+    A token's relevance is FlashVLM's (arXiv 2512.20561), sharpened by a softmax over the tokens of all moments.
 
     Args:
         moments: of each ``[N, D]``, its projected visual tokens.
         text: ``[L, D]``, embeddings; of none, all moments are alike.
-        settings: of the selector, which may set ``relevance_temperature`` and ``sharpening_temperature``.
+        config: weights of the text, and both temperatures.
     """
     if not len(text):
         return np.full(len(moments), 1 / len(moments))
-    text = _unit(text)
-    alike = []
-    for tokens in moments:
-        cosine = _unit(tokens) @ text.T
-        weights = np.exp((cosine - cosine.max(1, keepdims=True)) / settings.get("relevance_temperature", 0.05))
-        alike.append((weights * cosine).sum(1) / weights.sum(1))
+    text = text.astype(np.float64)
+    alike = [token_relevance(tokens.astype(np.float64), text, config) for tokens in moments]
     best = max(float(each.max()) for each in alike)
-    mass = np.array([np.exp((each - best) / settings.get("sharpening_temperature", 0.01)).sum() for each in alike])
+    mass = np.array([np.exp((each - best) / config.sharpening_temperature).sum() for each in alike])
     return np.asarray(mass / mass.sum())
-
-
-def _unit(rows: Array) -> Array:
-    rows = rows.astype(np.float64)
-    unit: Array = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return unit

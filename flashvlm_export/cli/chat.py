@@ -12,8 +12,8 @@ from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
-from flashvlm_export.cli.video import add_video_arguments, video_from
-from flashvlm_export.errors import ImageError, LLMError, PromptError, UsageError, VideoError
+from flashvlm_export.cli.video import BUDGET_HELP, add_video_arguments, refuse_unused, video_from
+from flashvlm_export.errors import DependencyError, ImageError, LLMError, PromptError, UsageError, VideoError
 
 if TYPE_CHECKING:
     from flashvlm_export.runtime.video import Video
@@ -40,12 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "question chose with which the image came, and what was computed of them is kept where the engine can",
     )
     parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
-    parser.add_argument(
-        "--budget",
-        metavar="K",
-        help="visual tokens to keep per image (default: what the graph is optimised for), or of a whole video "
-        "(default: 22 %% of its own)",
-    )
+    parser.add_argument("--budget", metavar="K", help=BUDGET_HELP)
     add_backend_arguments(parser)
     add_llm_argument(parser)
     add_sampling_arguments(parser)
@@ -56,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     from flashvlm_export.runtime.chat import Chat
     from flashvlm_export.runtime.request import Pruning
 
+    if args.prompt is not None:  # else /video FILE may come
+        refuse_unused(args)
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)
     params = sampling_from(args)
@@ -64,20 +61,20 @@ def run(args: argparse.Namespace) -> None:
     with pipeline_from(args, bundle) as vlm:
         pruning = Pruning(budget_from(args), args.text_span, args.positions, selector, args.division)
         chat = Chat(vlm, pruning, reselect=args.reselect, system=args.system)
-        shown = [(path, _shown(args, "/image", path)) for path in args.image]
-        shown += [(path, _shown(args, "/video", path)) for path in args.video]
+        shown = [(path, _shown(args, bundle, "/image", path)) for path in args.image]
+        shown += [(path, _shown(args, bundle, "/video", path)) for path in args.video]
         by_hand = args.prompt is None and sys.stdin.isatty()
         for text in args.prompt or _lines(by_hand):
             try:
                 if args.prompt is None and text.startswith("/"):
                     command, path = _command(text)
-                    shown.append((path, _shown(args, command, path)))
+                    shown.append((path, _shown(args, bundle, command, path)))
                     continue
                 if not by_hand:
                     say(f"> {text}")
                 images = [each for _, each in shown]
                 answer = chat.ask(text, images, params=params, on_text=lambda piece: say(piece, end=""))
-            except (ImageError, LLMError, PromptError, UsageError, VideoError) as error:
+            except (DependencyError, ImageError, LLMError, PromptError, UsageError, VideoError) as error:
                 if not by_hand:
                     if args.json and results:  # what was answered is not lost
                         print_json({"bundle": str(args.bundle), "answers": results})
@@ -86,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
                 print(error, file=sys.stderr)
                 if shown and not text.startswith("/"):
                     paths = ", ".join(path for path, _ in shown)
-                    print(f"without {paths}; /image FILE shows one again", file=sys.stderr)
+                    print(f"without {paths}; /image FILE or /video FILE shows one again", file=sys.stderr)
                     shown = []
                 continue
             stats = answer.stats
@@ -98,7 +95,8 @@ def run(args: argparse.Namespace) -> None:
             results.append(
                 {
                     "prompt": text,
-                    "images": [path for path, _ in shown],
+                    "images": [path for path, each in shown if isinstance(each, str)],
+                    "videos": [path for path, each in shown if not isinstance(each, str)],
                     "answer": answer.text,
                     "kept_indices": answer.prompt.indices,
                     "prompt_tokens": stats.prompt_tokens,
@@ -132,15 +130,16 @@ def _command(line: str) -> tuple[str, str]:
     word, _, path = line.partition(" ")
     if word not in ("/image", "/video") or not path.strip():
         expected = "/image FILE, /video FILE, or a question"
-        raise UsageError("there is no such command", received=repr(line), expected=expected)
+        what = "the command lacks a file" if word in ("/image", "/video") else "there is no such command"
+        raise UsageError(what, received=repr(line), expected=expected)
     return word, path.strip()
 
 
-def _shown(args: argparse.Namespace, command: str, path: str) -> str | Video:
+def _shown(args: argparse.Namespace, bundle: Bundle, command: str, path: str) -> str | Video:
     """Return ``path`` if there is a picture, or the frames of a video; raise what reading them raises."""
     from flashvlm_export.runtime.images import load_image
 
     if command == "/video":
-        return video_from(args, path)
+        return video_from(args, bundle, path)
     load_image(path)
     return path

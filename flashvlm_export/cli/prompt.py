@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle)
     selector = selector_from(args, bundle)
     with pipeline_from(args, bundle, with_llm=False) as pipeline:
-        shown = [*args.image, *(video_from(args, path) for path in args.video)]
+        shown = [*args.image, *(video_from(args, bundle, path) for path in args.video)]
         request = Request(shown, args.prompt, args.system, args.raw_prompt)
         pruning = Pruning(budget_from(args), args.text_span, args.positions, division=args.division)
         prompt = pipeline.encode_each([(request, pruning)])[0]

@@ -5,16 +5,27 @@ from __future__ import annotations
 import argparse
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
 from flashvlm_export.cli.output import print_json, talk
-from flashvlm_export.cli.video import add_video_arguments, describe, refuse_unused, video_from
+from flashvlm_export.cli.video import (
+    BUDGET_HELP,
+    add_video_arguments,
+    describe,
+    refuse_unused,
+    video_from,
+    video_options,
+)
 from flashvlm_export.errors import UsageError
 
 if TYPE_CHECKING:
     from flashvlm_export.runtime.llm.base import SamplingParams
+    from flashvlm_export.runtime.video import Video
+
+
+T = TypeVar("T")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,12 +79,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="TEXT is a whole prompt with a placeholder for each image and video; no chat template",
     )
-    parser.add_argument(
-        "--budget",
-        metavar="K",
-        help="visual tokens to keep per image (default: what the graph is optimised for), or of a whole video "
-        "(default: 22 %% of its own)",
-    )
+    parser.add_argument("--budget", metavar="K", help=BUDGET_HELP)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -81,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
     from flashvlm_export.runtime.request import Pruning, Request
 
     params = sampling_from(args)
-    refuse_unused(args)
     if args.pruned is not None:
         _run_pruned(args, params)
         return
+    refuse_unused(args)
     if not (args.image or args.video) or args.prompt is None:
         missing = ["--image or --video"] if not (args.image or args.video) else []
         missing += ["--prompt"] if args.prompt is None else []
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     if args.visual_only and args.llm != "onnxruntime":
         raise UsageError("nothing answers", received=f"--llm {args.llm} --visual-only", expected="one of them")
     images: list[str] = args.image or []
-    pairs = _pairs([*images, *args.video], args.prompt)
+    _pairs([*images, *args.video], args.prompt)  # refused before anything is read
     if args.heatmap is not None:
         from flashvlm_export.runtime.heatmap import check_picture_path
 
@@ -104,20 +110,20 @@ def run(args: argparse.Namespace) -> None:
     bundle = Bundle.open(args.bundle)
     selector_from(args, bundle)
     pipeline = pipeline_from(args, bundle, with_llm=not args.visual_only)
-    videos = {path: video_from(args, path) for path in args.video}
+    sources: list[tuple[str, str | Video]] = [(path, path) for path in images]
+    sources += [(path, video_from(args, bundle, path)) for path in args.video]
+    pairs = _pairs(sources, args.prompt)
     pruning = Pruning(budget_from(args), args.text_span, args.positions, division=args.division)
     say = talk(args.json)
     results: list[dict[str, Any]] = []
     with pipeline:
-        asked = [Request([videos.get(path, path)], text, args.system, args.raw_prompt) for path, text in pairs]
+        asked = [Request([shown], text, args.system, args.raw_prompt) for (_, shown), text in pairs]
         prompts = pipeline.encode_each([(request, pruning) for request in asked])
         captions = []
-        for (image, question), prompt in zip(pairs, prompts, strict=True):
-            say(f"{image}: {question}")
-            video = videos.get(image)
+        for ((path, shown), question), prompt in zip(pairs, prompts, strict=True):
+            say(f"{path}: {question}")
             result: dict[str, Any] = {
-                **({"image": image} if video is None else {"video": image}),
-                **({} if video is None else describe(video, prompt.images[0].kept_per_grid)),
+                **({"image": path} if isinstance(shown, str) else describe(path, shown, prompt.images[0])),
                 "prompt": question,
                 "visual_tokens": prompt.visual_tokens_before,
                 "kept_tokens": prompt.visual_tokens_kept,
@@ -145,10 +151,8 @@ def run(args: argparse.Namespace) -> None:
         from flashvlm_export.runtime.heatmap import draw_selection, save_picture, stack
 
         sheets = [
-            draw_selection(
-                pipeline.views(videos.get(path, path)), kept.indices, kept.scores, kept.layout.grids, caption
-            )
-            for (path, _), prompt, caption in zip(pairs, prompts, captions, strict=True)
+            draw_selection(pipeline.views(shown), kept.indices, kept.scores, kept.layout.grids, caption)
+            for ((_, shown), _), prompt, caption in zip(pairs, prompts, captions, strict=True)
             for kept in prompt.images
         ]
         save_picture(stack(sheets), args.heatmap)
@@ -177,6 +181,7 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
         "visual_only",
     )
     given = [f"--{name.replace('_', '-')}" for name in visual if getattr(args, name) not in (None, False, [])]
+    given += video_options(args)
     given += ["--text-span"] if args.text_span != "prompt" else []
     given += ["--positions"] if args.positions is not None else []
     if given:
@@ -220,7 +225,7 @@ def _run_pruned(args: argparse.Namespace, params: SamplingParams) -> None:
         )
 
 
-def _pairs(images: list[str], prompts: list[str]) -> list[tuple[str, str]]:
+def _pairs(images: list[T], prompts: list[str]) -> list[tuple[T, str]]:
     if len(images) == 1:
         images = images * len(prompts)
     if len(prompts) == 1:

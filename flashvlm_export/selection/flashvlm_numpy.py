@@ -37,14 +37,20 @@ def text_relevance(visual_tokens: Array, text_embeds: Array, config: FlashVLMCon
     """Return how much each visual token answers to the text, sharpened over the image (``[N]``, 0 without text)."""
     if len(text_embeds) == 0:
         return np.zeros(len(visual_tokens))
+    relevance = token_relevance(visual_tokens, text_embeds, config)
+    sharpened = minmax(_softmax(relevance / config.sharpening_temperature, axis=0) ** config.power)
+    threshold = np.quantile(sharpened, config.quantile)
+    return minmax(np.where(sharpened >= threshold, sharpened, config.damping * sharpened))
+
+
+def token_relevance(visual_tokens: Array, text_embeds: Array, config: FlashVLMConfig) -> Array:
+    """Return each visual token's likeness to the text, averaged over what is alike (``[N]``, from -1 to 1)."""
     cosine = unit_rows(visual_tokens) @ unit_rows(text_embeds).T
     if config.weigh_text:
         lengths = np.linalg.norm(text_embeds, axis=1)
         cosine = cosine * (lengths / (lengths.max() + 1e-6))
-    relevance = (_softmax(cosine / config.relevance_temperature, axis=1) * cosine).sum(axis=1)
-    sharpened = minmax(_softmax(relevance / config.sharpening_temperature, axis=0) ** config.power)
-    threshold = np.quantile(sharpened, config.quantile)
-    return minmax(np.where(sharpened >= threshold, sharpened, config.damping * sharpened))
+    relevance: Array = (_softmax(cosine / config.relevance_temperature, axis=1) * cosine).sum(axis=1)
+    return relevance
 
 
 def fused_score(saliency: Array, relevance: Array, config: FlashVLMConfig) -> Array:

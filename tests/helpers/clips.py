@@ -29,13 +29,25 @@ def flat(level: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
     return Image.new("RGB", size, (level, level, level))
 
 
-def write_video(path: Path, pictures: Sequence[Image.Image], times: Sequence[float], codec: str = "mpeg4") -> Path:
-    """Write ``pictures``, each shown from its time in seconds on; return ``path``."""
+def write_video(
+    path: Path,
+    pictures: Sequence[Image.Image],
+    times: Sequence[float],
+    codec: str = "mpeg4",
+    *,
+    rotation: int = 0,
+    title: str = "",
+) -> Path:
+    """Write ``pictures``, each shown from its time in seconds on and turned by ``rotation``; return ``path``."""
     with av.open(str(path), "w") as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=1000)
         stream.width, stream.height = pictures[0].size
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.codec_context.time_base = Fraction(1, 1000)
+        if rotation:
+            stream.set_display_rotation(rotation)
         for picture, time in zip(pictures, times, strict=True):
             shot = av.VideoFrame.from_image(picture)
             shot.pts, shot.time_base = round(time * 1000), Fraction(1, 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from helpers.clips import clip_of, frame, write_video
 from PIL import Image
 from transformers import LlavaOnevisionImageProcessorPil, Qwen2VLImageProcessorPil
 
+from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli import main
 from flashvlm_export.errors import BudgetError, ConfigError, LLMError, PromptError, UsageError, VideoError
 from flashvlm_export.export.reference import LlavaReference, make_reference
+from flashvlm_export.preprocessor import decode_preprocessor
 from flashvlm_export.runtime.chat import Chat
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
@@ -25,6 +28,8 @@ from flashvlm_export.runtime.prompt_file import read_prompt, write_prompt
 from flashvlm_export.runtime.request import PrunedPrompt, Pruning, Request
 from flashvlm_export.runtime.video import FrameWindow, Video
 from flashvlm_export.runtime.wanted import divided, relevance
+from flashvlm_export.selection import get_selector
+from flashvlm_export.selection.config import FlashVLMConfig
 
 QUESTION = "What happens in this video?"
 
@@ -134,8 +139,8 @@ def test_unpruned_answer_is_that_of_transformers(
 def test_rows_and_positions_are_those_of_transformers(
     checkpoint: Path, fused: Pipeline, reference: LlavaReference
 ) -> None:
-    """Time passes by steps; at eight frames a second and four steps to the second, by one for each moment."""
-    video = clip_of(8, fps=8.0)
+    """Time passes by steps, here fewer than moments: 1.5 for each two frames, rounded down for each moment."""
+    video = clip_of(6, fps=2 * fused.bundle.manifest.video.steps_per_second / 1.5 or 1.0)
     prompt = whole(fused, video)
     _, ids, given = ask_transformers(checkpoint, reference, video, prompt.prompt.token_ids)
     if reference.model.config.model_type == "llava_onevision":
@@ -192,17 +197,21 @@ def test_the_budget_is_divided_over_moments(fused: Pipeline) -> None:
     assert usual.visual_tokens_kept == max(3, round(usual.visual_tokens_before * 2 / 9))
 
 
-def test_relevant_moments_keep_more(split: Pipeline) -> None:
-    """By half of the budget; relevance as torch computes it of all tokens at once."""
+@pytest.mark.parametrize("selector", ["flashvlm", None])
+def test_relevant_moments_keep_more(selector: str | None, split: Pipeline) -> None:
+    """By half of the budget; relevance as torch's selection computes it, of all moments as if they were one image."""
     step = split.bundle.manifest.video.frames_per_moment
     video, budget = clip_of(4 * step, size=(140, 84)), 12
-    prompt = split.encode_each([(Request([video], QUESTION), Pruning(budget, division="relevance"))])[0]
+    prompt = split.encode([Request([video], QUESTION)], budget=budget, division="relevance", selector=selector)[0]
     unpruned = whole(split, video).images[0]
     tokens = torch.from_numpy(unpruned.tokens).double()
     text = torch.from_numpy(split.embeddings.lookup(prompt.prompt.text_ids("prompt"))).double()
+    config = get_selector("flashvlm").make_config(split.bundle.manifest.selection.config)
     cosine = torch.nn.functional.cosine_similarity(tokens[:, None], text[None], dim=-1)
-    alike = (torch.softmax(cosine / 0.05, -1) * cosine).sum(-1)
-    mass = torch.softmax(alike / 0.01, 0).unflatten(0, (4, -1)).sum(1)
+    if config.weigh_text:
+        cosine = cosine * (text.norm(dim=-1) / text.norm(dim=-1).max())
+    alike = (torch.softmax(cosine / config.relevance_temperature, -1) * cosine).sum(-1)
+    mass = torch.softmax(alike / config.sharpening_temperature, 0).unflatten(0, (4, -1)).sum(1)
     per_moment = unpruned.layout.num_tokens // 4
     expected = divided(budget, (mass + 0.25).tolist(), [per_moment] * 4)
     kept = prompt.images[0].kept_per_grid
@@ -210,9 +219,45 @@ def test_relevant_moments_keep_more(split: Pipeline) -> None:
     assert kept[int(mass.argmax())] == max(kept) > budget // 4
 
 
+def test_relevance_weighs_text_as_the_selection_does() -> None:
+    """A long word beside a short one: with weights, what is like the long one has nearly all."""
+    long, short = 10 * np.eye(3)[:1], np.eye(3)[1:2]
+    text = np.concatenate([long, short])
+    even = relevance([long, short], text, FlashVLMConfig())
+    np.testing.assert_allclose(even, [0.5, 0.5], atol=1e-9)
+    weighed = relevance([long, short], text, FlashVLMConfig(weigh_text=True))
+    assert weighed[0] > 0.999
+    milder = relevance([long, short], text, FlashVLMConfig(weigh_text=True, sharpening_temperature=10.0))
+    assert 0.5 < milder[0] < 0.6
+
+
+def test_scores_and_views_go_by_moment(fused: Pipeline) -> None:
+    """Those of a video whose first half is one picture and whose second half is another."""
+    step = fused.bundle.manifest.video.frames_per_moment
+    video = Video([frame(0)] * step + [frame(1)] * step)
+    kept = fused.encode([Request([video], QUESTION)], budget=6)[0].images[0]
+    parts = np.split(kept.scores, 2)
+    for number, part in enumerate(parts):
+        alone = fused.encode([Request([Video([frame(number)] * step)], QUESTION)], budget=3)[0].images[0]
+        np.testing.assert_allclose(part, alone.scores, rtol=0, atol=1e-5)
+    assert [np.asarray(view)[0, 0].tolist() for view in fused.views(video)] == [
+        np.asarray(frame(number))[0, 0].tolist() for number in range(2)
+    ]
+
+
+def test_a_frame_is_not_taken_for_an_image(bundle: Path) -> None:
+    """The same picture, once as an image and once as a frame: encoded twice, since they differ in tokens."""
+    with Pipeline.open(bundle, precision="fp32", selectors=[]) as vlm:
+        shown = frame(0, (300, 200))
+        image = vlm.encode([Request([shown], QUESTION)], budget=2)[0]
+        video = vlm.encode([Request([Video([shown])], QUESTION)], budget=2)[0]
+        assert vlm.images.stats.images == 2
+    assert image.visual_tokens_before != video.visual_tokens_before
+
+
 def test_division_by_relevance_needs_what_shows_it(fused: Pipeline) -> None:
     with pytest.raises(UsageError, match="does not show in the fused graph"):
-        fused.encode_each([(Request([clip_of(2)], QUESTION), Pruning(division="relevance"))])
+        fused.ask(clip_of(2), QUESTION, division="relevance")
     with pytest.raises(ConfigError, match="unknown division"):
         Pruning(division="fairly")  # type: ignore[arg-type]
 
@@ -242,6 +287,7 @@ def test_a_new_frame_is_all_that_is_encoded(bundle: Path) -> None:
 def test_images_and_videos_in_one_prompt(fused: Pipeline, reference: LlavaReference) -> None:
     """Each stands where the template puts its kind, whatever the order in which they are given."""
     video, image = clip_of(3, fps=4.0), picture((60, 50))
+    assert fused.encode([Request([video, image], QUESTION)], budget=fused.visual_tokens + 1)[0].prompt.media
     first = fused.encode([Request([video, image], QUESTION)], budget=4)[0]
     second = fused.encode([Request([image, video], QUESTION)], budget=4)[0]
     assert sorted(first.prompt.media) == ["image", "video"]
@@ -285,7 +331,12 @@ def test_what_does_not_fit_is_refused(fused: Pipeline) -> None:
                 fused.encode([Request([Video([frame(0, size) for size in sizes])], QUESTION)])
     most = fused.llm.limits.max_positions
     with pytest.raises(LLMError, match="too long for the language model"):
-        fused.encode([Request([clip_of(600, size=(28, 28))], QUESTION)], budget=most)
+        fused.ask(clip_of(600, size=(28, 28)), QUESTION, budget=most)
+    few = clip_of(2 * fused.bundle.manifest.video.frames_per_moment)
+    fused.encode([Request([few], QUESTION)], budget=2 * fused.visual_tokens)  # more than there are
+    for budget, message in ((2 * fused.visual_tokens + 1, "tokens of 2 moments"), ("x", "not a whole number")):
+        with pytest.raises(BudgetError, match=message):
+            fused.encode([Request([few], QUESTION)], budget=budget)
     with pytest.raises(PromptError, match="video placeholders do not match"):
         fused.encode([Request([clip_of(2)], "no placeholder", raw=True)])
 
@@ -313,8 +364,12 @@ def test_run_on_a_file(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_options_of_videos_need_one(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", str(bundle), "--image", "photo.jpg", "--prompt", "x", "--frames", "3"]) == 2
-    assert "there is no video" in capsys.readouterr().err
+    for option in (["--frames", "3"], ["--fps", "1"], ["--division", "relevance"]):
+        for verb in ("run", "chat"):
+            assert main([verb, str(bundle), "--image", "photo.jpg", "--prompt", "x", *option]) == 2
+            assert "there is no video" in capsys.readouterr().err
+        assert main(["run", str(bundle), "--pruned", "prompt.safetensors", *option]) == 2
+        assert "expected: --pruned without them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -336,14 +391,34 @@ def test_a_total_is_divided_by_weight_within_bounds(
 
 def test_without_text_all_moments_are_alike() -> None:
     moments = [np.eye(3), 2 * np.eye(3)]
-    np.testing.assert_array_equal(relevance(moments, np.empty((0, 3)), {}), [0.5, 0.5])
+    np.testing.assert_array_equal(relevance(moments, np.empty((0, 3)), FlashVLMConfig()), [0.5, 0.5])
     # Of two moments of orthogonal tokens the one with the text's own direction has it all.
-    shares = relevance([np.eye(3)[:1], np.eye(3)[1:2]], np.eye(3)[:1], {})
+    shares = relevance([np.eye(3)[:1], np.eye(3)[1:2]], np.eye(3)[:1], FlashVLMConfig())
     assert shares[0] > 0.999
 
 
-def test_a_model_without_videos_says_so(tiny_bundle: Path) -> None:
+def test_a_model_without_videos_says_so(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", str(tiny_bundle), "--video", "nothing.mp4", "--prompt", "x"]) == 2
+    assert "takes no videos" in capsys.readouterr().err
     with Pipeline.open(tiny_bundle, llm=None) as vlm:
         assert vlm.bundle.manifest.video is None
         with pytest.raises(UsageError, match="takes no videos"):
             vlm.encode([Request([clip_of(2)], QUESTION)])
+
+
+def test_settings_for_frames_come_from_the_processor_too(
+    qwen_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Newer checkpoints keep them in ``processor_config.json``; more pixels than TensorRT can sort are said."""
+    copied = Path(shutil.copytree(qwen_checkpoint, tmp_path / "copied"))
+    (copied / "video_preprocessor_config.json").unlink()
+    frames = {"size": {"shortest_edge": 784, "longest_edge": 784 * 5000}, "image_mean": [0.5, 0.5, 0.5]}
+    (copied / "processor_config.json").write_text(json.dumps({"video_processor": frames}))
+    path = tmp_path / "bundle"
+    command = ["export", str(copied), "--output", str(path), "--decoder", "none", "--engine-check", "off"]
+    assert main([*command, "--precision", "fp32"]) == 0
+    most = Bundle.open(path).manifest.dims.num_patches
+    assert f"frames of more than {most} visual tokens" in capsys.readouterr().err
+    settings = decode_preprocessor((path / "video_preprocessor.json").read_bytes())
+    assert settings.pixel_range == (28, 784, 784 * most)
+    assert settings.mean == (0.5, 0.5, 0.5)

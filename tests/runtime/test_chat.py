@@ -144,7 +144,7 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("/image nothing.png", "there is no image file"), ("/image", "no such command"), ("/quit", "/image FILE, or a")],
+    [("/image nothing.png", "there is no image file"), ("/image", "lacks a file"), ("/quit", "/video FILE, or a")],
 )
 def test_a_line_that_fails_ends_a_script_and_not_a_person(
     line: str,
