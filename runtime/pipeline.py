@@ -42,7 +42,7 @@ from flashvlm_export.runtime.request import (
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
 from flashvlm_export.runtime.stop_strings import StopStrings
-from flashvlm_export.runtime.video import Video
+from flashvlm_export.runtime.video import MOST_FRAMES, Video
 from flashvlm_export.runtime.wanted import Picture, Wanted, want_image, want_video
 from flashvlm_export.selection import get_selector
 from flashvlm_export.selection.config import FlashVLMConfig
@@ -203,7 +203,7 @@ class Pipeline:
             several = self.preprocess.settings.pads_several and prompt.media.count("image") > 1
             self._check_selector(pruning)
             mine = [
-                self._wanted(each, guide, pruning, several=several, beside_video="video" in prompt.media)
+                self._wanted(each, guide, pruning, prompt, several=several)
                 for each in shown
                 if not isinstance(each, SelectedImage)
             ]
@@ -235,12 +235,12 @@ class Pipeline:
             )
 
     def _wanted(
-        self, visual: ImageSource | Video, guide: Array, pruning: Pruning, *, several: bool, beside_video: bool
+        self, visual: ImageSource | Video, guide: Array, pruning: Pruning, prompt: TokenizedPrompt, *, several: bool
     ) -> Wanted:
         """Return what is to be selected of ``visual``; raise where that cannot be."""
         if not isinstance(visual, Video):
             # Beside a video, whose budget may be larger than any image, an image that has fewer tokens keeps them all.
-            most = None if beside_video else self.visual_tokens
+            most = self.visual_tokens * (MOST_FRAMES if "video" in prompt.media else 1)
             return want_image(visual, guide, pruning, usual=self.default_budget, most=most, several=several)
         if pruning.division == "relevance" and not isinstance(self.session, SplitSession):
             raise UsageError(

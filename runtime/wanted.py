@@ -94,9 +94,7 @@ class Wanted:
         return SelectedImage(*rows, together, np.concatenate(scores), layout)
 
 
-def want_image(
-    source: ImageSource, guide: Array, pruning: Pruning, *, usual: int, most: int | None, several: bool
-) -> Wanted:
+def want_image(source: ImageSource, guide: Array, pruning: Pruning, *, usual: int, most: int, several: bool) -> Wanted:
     """Return what is to be selected of one image.
 
     Args:
@@ -104,14 +102,13 @@ def want_image(
         guide: text rows ``[L, D]``.
         pruning: what is asked for.
         usual: budget where nothing is said.
-        most: the largest budget; ``None`` for any.
+        most: the largest budget.
         several: the model sees it as one of several.
 
     Raises:
         BudgetError: if the budget is not 1 to ``most``.
     """
-    budget = usual if pruning.budget is None else pruning.budget
-    budget = budget if most is None else check_budget(budget, most)
+    budget = check_budget(usual if pruning.budget is None else pruning.budget, most)
     seen_as: Literal["image", "one of several"] = "one of several" if several else "image"
     return Wanted([Picture((source,), seen_as)], guide, budget, pruning)
 

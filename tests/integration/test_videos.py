@@ -303,6 +303,10 @@ def test_a_conversation_keeps_what_it_saw(split: Pipeline) -> None:
     first = chat.ask(QUESTION, [clip_of(3)], params=params)
     second = chat.ask("And then?", params=params)
     assert second.prompt.images[0] is first.prompt.images[0]
+    seen = first.prompt.images[0]
+    for budget in (0, "x"):
+        with pytest.raises(BudgetError):  # also of an image that comes after it
+            split.encode([Request([seen, picture((60, 50))], QUESTION)], budget=budget)
     assert second.prompt.prompt.media == ("video",)
 
 
