@@ -179,8 +179,8 @@ class Pipeline:
             budget, text_span, positions, selector, division: see :class:`Pruning`.
 
         Raises:
-            BudgetError, ConfigError, ImageError, LLMError, PromptError, SessionError: nothing was computed for any
-                request.
+            BudgetError, ConfigError, ImageError, LLMError, PromptError, SessionError, UsageError, VideoError: no
+                request has a result.
         """
         pruning = Pruning(budget, text_span, positions, selector, division)
         return self.encode_each([(request, pruning) for request in requests])
@@ -339,7 +339,7 @@ class Pipeline:
         return prepared
 
     def _encoded(self, pictures: Sequence[Picture], clock: Clock) -> list[EncodedImage]:
-        """Return every image encoded: as it is remembered, or else anew, all of these as one batch."""
+        """Return every picture encoded: as it is remembered, or else anew."""
         assert isinstance(self.session, SplitSession)
         keys = [picture.key for picture in pictures]
         found: dict[str, EncodedImage | None] = {key: self.images.get(key) for key in keys}
