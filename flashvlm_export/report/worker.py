@@ -106,7 +106,7 @@ def _serve(pipe: Connection, make: Callable[..., Callable[..., Any]], arguments:
     tqdm.set_lock(threading.RLock())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    with contextlib.suppress(EOFError, OSError):
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone: nobody is left to be told
         try:
             function = make(*arguments)
             pipe.send((True, None))

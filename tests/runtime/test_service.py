@@ -269,6 +269,7 @@ def test_closing_answers_what_was_taken_or_cancels_it(vlm: Pipeline) -> None:
     assert vlm.ask(picture(0), QUESTIONS[0], params=SamplingParams(2)).token_ids
 
 
+# The defect that ends the service's thread is the test's own.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_service_that_has_broken_down(vlm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def defect(requests: object) -> None:
