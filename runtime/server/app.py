@@ -17,8 +17,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from flashvlm_export.runtime.server.answering import Answerer, Done, Event, KeptTokens
+from flashvlm_export.runtime.server.api_errors import ApiError, api_error
 from flashvlm_export.runtime.server.conversation import Asked, Intake, Model
-from flashvlm_export.runtime.server.errors import ApiError, api_error
 from flashvlm_export.runtime.server.guard import Guard
 from flashvlm_export.runtime.server.metrics import Metrics
 from flashvlm_export.runtime.server.replies import DONE_EVENT, Reply, event
