@@ -215,10 +215,8 @@ def _describe(batching: Batching) -> str:
         return "none: each request is run alone, because of how this family lays its visual tokens out"
     if batching.max_batch == 1:
         return "none: each request is run alone"
-    return (
-        f"up to {batching.max_batch} images of the same budget and text length, "
-        f"waiting at most {batching.max_queue_delay_us} us for company"
-    )
+    waits = f"waiting up to {batching.max_queue_delay_us} us" if batching.max_queue_delay_us else "without waiting"
+    return f"up to {batching.max_batch} images of the same budget and text length, {waits} for company"
 
 
 def _parameters(bundle: Bundle) -> dict[str, str]:

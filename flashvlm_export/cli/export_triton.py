@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from flashvlm_export.cli.output import print_json, talk
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     model = triton_repository(settings, Progress.on_stderr())
-    command = f"tritonserver --model-repository={args.output.resolve()}"
+    command = f"tritonserver --model-repository={shlex.quote(str(args.output.resolve()))}"
     if args.json:
         print_json(
             {
