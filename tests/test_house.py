@@ -256,6 +256,7 @@ def test_readme_commands_exist() -> None:
         "calibrate",
         "build",
         "pack",
+        "export-triton",
         "inspect",
         "report",
         "run",
