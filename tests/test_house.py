@@ -51,6 +51,7 @@ ALLOWED = {
         "onnxruntime",
         "prometheus_client",
         "pydantic",
+        "ray",
         "starlette",
         "torch",
         "transformers",
