@@ -1,9 +1,9 @@
 /** The page: a picture, questions about it, and how many of its tokens they may keep. */
 
-import { setUpCamera } from "./camera.js";
 import { ApiError, fetchModel, streamAnswer, useKey } from "./client.js";
 import { element } from "./element.js";
 import { keptCells, PictureError, PictureView, preparePicture, tokenCount } from "./picture.js";
+import { takePictures } from "./sources.js";
 import { Turn } from "./turn.js";
 
 const LONGEST_ANSWER = 256;
@@ -97,7 +97,6 @@ part("key-form").addEventListener("submit", (event) => {
 // ---- the picture
 
 async function takePicture(blob, name) {
-  if (!blob) return;
   try {
     const { max_image_pixels: maxPixels, max_body_bytes: maxBytes } = model?.flashvlm ?? {};
     const prepared = await preparePicture(blob, name, { maxPixels, maxBytes });
@@ -157,45 +156,7 @@ part("lit").addEventListener("click", ({ currentTarget }) => {
   view.lit = lit;
 });
 
-for (const input of [part("file"), part("capture")]) {
-  input.addEventListener("change", () => {
-    const [file] = input.files;
-    takePicture(file, file?.name);
-    input.value = ""; // so that the same file can be chosen again
-  });
-}
-
-document.addEventListener("paste", ({ clipboardData }) => {
-  const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
-  if (file) takePicture(file, "Pasted picture");
-});
-
-// All of the page takes a drop: a near miss would make the browser leave the page.
-let inside = 0;
-document.addEventListener("dragenter", () => part("frame").classList.toggle("over", ++inside > 0));
-document.addEventListener("dragleave", () => part("frame").classList.toggle("over", --inside > 0));
-document.addEventListener("dragover", (event) => event.preventDefault());
-document.addEventListener("drop", (event) => {
-  event.preventDefault();
-  inside = 0;
-  part("frame").classList.remove("over");
-  const [file] = event.dataTransfer.files;
-  if (file) takePicture(file, file.name);
-  else complain("What was dropped is not a file. Save the picture first, or copy and paste it.");
-});
-
-setUpCamera(
-  {
-    button: part("camera-open"),
-    capture: part("capture"),
-    dialog: part("camera"),
-    video: part("video"),
-    take: part("camera-take"),
-    close: part("camera-close"),
-  },
-  (blob) => takePicture(blob, "Camera picture"),
-  complain,
-);
+takePictures(part, takePicture, complain);
 
 // ---- the budget
 
@@ -333,6 +294,7 @@ async function hear(run, messages, signal) {
   status.textContent = run.budget === "full" ? "Asking again with all tokens…" : "The server looks at the picture…";
   const sent = performance.now();
   for await (const chunk of streamAnswer(body, signal)) {
+    signal.throwIfAborted(); // a chunk that lay ready is not wanted either
     const first = run.selection === null;
     run.take(chunk, performance.now() - sent);
     // Before the first word: what the question kept. The unpruned run keeps everything, which shows nothing.
