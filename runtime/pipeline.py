@@ -410,12 +410,20 @@ class Pipeline:
         *,
         on_text: Callable[[str], object] = lambda piece: None,
     ) -> Generator[Answer | None, None, None]:
-        """Yield ``None`` after each token and the answer at last; see :meth:`answer`.
+        """Check everything now, and yield ``None`` after each token and the answer at last; see :meth:`answer`.
 
         For answers that take turns, as many as :attr:`LLMEngine.max_answers`. Close the generator to stop early.
         """
+        return self._answering(prompt, self.generate(prompt.inputs_embeds, prompt.positions, params), on_text)
+
+    def _answering(
+        self,
+        prompt: PrunedPrompt,
+        pieces: Generator[tuple[int | None, str], None, None],
+        on_text: Callable[[str], object],
+    ) -> Generator[Answer | None, None, None]:
         pairs = []
-        with closing(self.generate(prompt.inputs_embeds, prompt.positions, params)) as pieces:
+        with closing(pieces):
             for token, piece in pieces:
                 pairs.append((token, piece))
                 if piece:
@@ -470,7 +478,7 @@ class Pipeline:
         *,
         stop_token_ids: Collection[int] | None = None,
     ) -> Generator[tuple[int | None, str], None, None]:
-        """Yield ``(token id, text that it completes)`` of an answer, and at last ``(None, what was held back)``.
+        """Check everything now, and yield ``(token id, text that it completes)``, at last ``(None, what was held back)``.
 
         Behind a stop text nothing is yielded, but the tokens of that text are.
 
@@ -489,9 +497,13 @@ class Pipeline:
         assert settings is not None  # the constructor refuses such bundles
         params = SamplingParams() if params is None else params
         end = settings.eos_token_ids if stop_token_ids is None else stop_token_ids
-        detokenizer, stop = self.prompts.detokenizer(), StopStrings(params.stop)
-        llm = self._require_llm()
-        tokens = llm.generate(inputs_embeds, params, stop_token_ids=end, positions=positions)
+        tokens = self._require_llm().generate(inputs_embeds, params, stop_token_ids=end, positions=positions)
+        return self._pieces(tokens, StopStrings(params.stop))
+
+    def _pieces(
+        self, tokens: Generator[int, None, None], stop: StopStrings
+    ) -> Generator[tuple[int | None, str], None, None]:
+        detokenizer, llm = self.prompts.detokenizer(), self._require_llm()
         with closing(tokens):
             for token in tokens:
                 yield token, stop.feed(detokenizer.feed(token))

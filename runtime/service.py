@@ -269,8 +269,8 @@ class Service:
         self.batch_sizes[len(jobs)] += 1
         for job, prompt in zip(jobs, prompts, strict=True):
             job.queue_ms = (now - job.arrived) * 1e3
-            job.steps = self.vlm.answering(prompt, job.params, on_text=job.on_text)
             try:
+                job.steps = self.vlm.answering(prompt, job.params, on_text=job.on_text)
                 job.on_prompt(prompt)
             except Exception as error:  # whatever it is, it belongs to the request, and the thread goes on
                 self._let_go(job, error)

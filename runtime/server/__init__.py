@@ -6,7 +6,7 @@
 - ``conversation.py``  messages → what a pipeline is asked
 - ``answering.py``     what is asked → what is kept, pieces of text, and the answer
 - ``replies.py``       that → OpenAI's objects and events
-- ``errors.py``        whatever goes wrong → OpenAI's error object
+- ``api_errors.py``    whatever goes wrong → OpenAI's error object
 - ``guard.py``         keys, hosts, sizes and time of every request
 - ``metrics.py``       Prometheus
 - ``app.py``           the routes

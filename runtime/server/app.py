@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,10 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
+from flashvlm_export.errors import FlashVLMError
 from flashvlm_export.runtime.server.answering import Answerer, Done, Event, KeptTokens
+from flashvlm_export.runtime.server.api_errors import ApiError, api_error
 from flashvlm_export.runtime.server.conversation import Asked, Intake, Model
-from flashvlm_export.runtime.server.errors import ApiError, api_error
 from flashvlm_export.runtime.server.guard import Guard
 from flashvlm_export.runtime.server.metrics import Metrics
 from flashvlm_export.runtime.server.replies import DONE_EVENT, Reply, event
@@ -26,6 +28,8 @@ from flashvlm_export.runtime.server.schema import ChatRequest
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 T = TypeVar("T")
+
+log = logging.getLogger("flashvlm.server")
 
 PAGE = Path(__file__).parent / "page"
 
@@ -123,7 +127,8 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
             raise HTTPException(404)
         return FileResponse(files[name])
 
-    @app.exception_handler(Exception)
+    @app.exception_handler(Exception)  # which uvicorn logs, with its traceback
+    @app.exception_handler(FlashVLMError)
     @app.exception_handler(ApiError)
     async def failed(request: Request, error: Exception) -> JSONResponse:
         found = api_error(error)
@@ -196,6 +201,8 @@ async def _chunks(
     except Exception as error:  # the response has begun: whatever it is, the stream has to say it
         found = api_error(error)
         outcome = str(found.status)
+        if found.status == 500:
+            log.error("a stream failed", exc_info=error)
         yield event(found.body)
     finally:
         metrics.ended(outcome)
@@ -225,8 +232,11 @@ def _gone(metrics: Metrics) -> Response:
 
 
 def _not_valid(error: RequestValidationError) -> ApiError:
-    """Name the first field that is wrong, as OpenAI does."""
-    first = error.errors()[0]
-    place = ".".join(str(step) for step in first["loc"][1:])
-    message = f"{place}: {first['msg']}" if place else f"the request's body is not what was expected: {first['msg']}"
-    return ApiError(400, message, param=place or None, code=str(first["type"]))
+    """Name the first field that is wrong, as OpenAI does; where it could be one of several things, each of them."""
+    errors = [(each["loc"][1:], each) for each in error.errors()]
+    place, first = errors[0]
+    if not place or first["type"] == "json_invalid":
+        return ApiError(400, f"the request's body is not what was expected: {first['msg']}", code=str(first["type"]))
+    of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]]
+    message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)
+    return ApiError(400, message, param=str(place[0]), code=str(first["type"]))

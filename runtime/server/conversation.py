@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from flashvlm_export.runtime.graph_inputs import GraphInputs
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.request import Exchange, Pruning, Request, tokenized
-from flashvlm_export.runtime.server.errors import ApiError
+from flashvlm_export.runtime.server.api_errors import ApiError
 from flashvlm_export.runtime.server.pictures import PictureReader
 from flashvlm_export.runtime.server.schema import ChatRequest, ImagePart, Message, TextPart
 from flashvlm_export.runtime.server.settings import ServerSettings

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashvlm_export.runtime.server.errors import ApiError
+from flashvlm_export.runtime.server.api_errors import ApiError
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")

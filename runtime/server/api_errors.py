@@ -7,7 +7,6 @@ what the client can mend, 401 without a good key, 404 for another model, 413 and
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from flashvlm_export.errors import (
@@ -18,8 +17,6 @@ from flashvlm_export.errors import (
     QueueFullError,
     UsageError,
 )
-
-log = logging.getLogger("flashvlm.server")
 
 
 class ApiError(Exception):
@@ -51,7 +48,7 @@ class ApiError(Exception):
 
 
 def api_error(error: Exception) -> ApiError:
-    """Return ``error`` as a client is to see it; one that is ours to mend goes into the log, with its traceback."""
+    """Return ``error`` as a client is to see it; of one that is ours to mend, only that the log says more."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -64,7 +61,6 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, _text(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError):
         return ApiError(400, _text(error), code="invalid_value")
-    log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed; its log says how", code="internal_error", kind="server_error")
 
 
