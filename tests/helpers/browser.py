@@ -63,7 +63,7 @@ class Visit:
 
     def __post_init__(self) -> None:
         self.page.on("request", self._on_request)
-        self.page.on("console", lambda message: message.type in ("error", "warning") and self._note(message.text))
+        self.page.on("console", lambda message: message.type == "error" and self._note(message.text))
         self.page.on("pageerror", lambda error: self._note(str(error)))
 
     def _on_request(self, request: Any) -> None:
