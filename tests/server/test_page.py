@@ -250,8 +250,8 @@ def test_both_runs_stand_beside_each_other(visit: Open, server: str) -> None:
     wait_until_lit(page, list(range(16)), 4, 4)
 
     rows = {row[0]: row[1:] for row in (line.split("\t") for line in page.locator("tbody tr").all_inner_texts())}
-    assert [cell[-2:] for cell in rows["first word"][:2]] in (["ms"] * 2, [" s"] * 2)
-    assert re.fullmatch(r"[\d.]+×", rows["first word"][2])
+    assert [cell[-2:] for cell in rows["first token"][:2]] in (["ms"] * 2, [" s"] * 2)
+    assert re.fullmatch(r"[\d.]+×", rows["first token"][2])
     assert {"prefill", "decode", "select", "encode"} <= rows.keys()
     # Encoded for the first run only, which must not count against it.
     assert rows["encode"][1] == "–"
@@ -352,7 +352,7 @@ def test_a_busy_server_says_when_to_come_back(visit: Open, script: ScriptedServe
     script.script = busy
     choose(page, white(40))
     ask(page)
-    assert alert(page) == "64 requests wait already The server asks to wait 7 s."
+    assert alert(page) == "64 requests wait already\nThe server asks to wait 7 s."
 
 
 def test_an_error_within_an_answer_leaves_what_was_heard(visit: Open, script: ScriptedServer) -> None:
@@ -519,8 +519,8 @@ def test_all_of_it_works_from_the_keyboard(visit: Open, server: str) -> None:
                 return
         pytest.fail(f"{selector} is not reached with {key}")
 
-    tab_to("#file")
     with page.expect_file_chooser() as chooser:
+        tab_to("#file")
         page.keyboard.press("Enter")
     chooser.value.set_files({"name": "white.png", "mimeType": "image/png", "buffer": white(89)})
     page.locator("#caption", has_text="white.png").wait_for()

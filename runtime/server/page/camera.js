@@ -33,7 +33,8 @@ export function setUpCamera({ button, capture, dialog, video, take, close }, onP
     take.disabled = true;
     dialog.showModal();
     try {
-      const stream = await navigator.mediaDevices.getUserMedia({ video: { width: { ideal: 1920 }, facingMode: "environment" } });
+      const wanted = { width: { ideal: 1920 }, facingMode: "environment" };
+      const stream = await navigator.mediaDevices.getUserMedia({ video: wanted });
       if (dialog.open) video.srcObject = stream;
       else stream.getTracks().forEach((track) => track.stop()); // cancelled while the browser asked
     } catch (error) {

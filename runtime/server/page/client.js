@@ -27,7 +27,7 @@ export function useKey(key) {
 export async function fetchModel() {
   const response = await request("models");
   const [model] = (await response.json()).data;
-  if (!model?.flashvlm) throw new ApiError("This server lists no model of flashvlm-export.", { status: response.status });
+  if (!model?.flashvlm) throw new ApiError("This server has no model of flashvlm-export.", { status: response.status });
   return model;
 }
 

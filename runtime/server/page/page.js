@@ -67,7 +67,7 @@ function complain(problem, again) {
   const missingKey = problem.status === 401;
   part("key-form").hidden = !missingKey;
   afterKey = missingKey ? again : null;
-  alertBox.replaceChildren(element("p", {}, words.join(" ")));
+  alertBox.replaceChildren(element("p", {}, words.join("\n")));
   if (again && !missingKey) {
     const button = element("button", { class: "button", type: "button" }, "Try again");
     button.addEventListener("click", again);
@@ -113,7 +113,6 @@ async function takePicture(blob, name) {
   show(null);
   part("canvas").hidden = false;
   part("invitation").hidden = true;
-  part("intro").hidden = true;
   part("frame").classList.add("filled");
   part("choose").textContent = "New picture";
   part("caption").textContent = picture.note;
@@ -128,8 +127,8 @@ function show(run) {
   shown?.button.setAttribute("aria-pressed", "true");
   const selection = run?.selection ?? null;
   view.setSelection(selection);
-  const kept = selection ? `${run.tokens} of ${tokenCount(selection)} visual tokens are bright, the others dimmed` : "the whole picture";
-  part("canvas").setAttribute("aria-label", `${picture.name}: ${kept}`);
+  const kept = selection && `${run.tokens} of ${tokenCount(selection)} visual tokens are bright, the others dimmed`;
+  part("canvas").setAttribute("aria-label", `${picture.name}: ${kept ?? "the whole picture"}`);
   part("lit").hidden = !selection;
   showGrids(selection);
 }
@@ -229,7 +228,8 @@ async function ask() {
   // Both sides hear the same conversation, so that only the tokens differ; one after the other, so that neither slows
   // the other down.
   const messages = [...history.flatMap(exchange), { role: "user", content: text }];
-  messages[0].content = [{ type: "image_url", image_url: { url: asked.url } }, { type: "text", text: messages[0].content }];
+  const shownFirst = { type: "image_url", image_url: { url: asked.url } };
+  messages[0].content = [shownFirst, { type: "text", text: messages[0].content }];
   try {
     for (const run of turn.runs) {
       await hear(run, messages, controller.signal);

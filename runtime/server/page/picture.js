@@ -34,7 +34,7 @@ export class PictureError extends Error {}
  */
 export async function preparePicture(blob, name, { maxPixels = Infinity, maxBytes = Infinity } = {}) {
   const original = await createImageBitmap(blob).catch(() => {
-    throw new PictureError(`${name} is not a picture that this browser can open. JPEG, PNG and WebP work everywhere.`);
+    throw new PictureError(`${name} is not a picture that this browser can open. JPEG, PNG and WebP always work.`);
   });
   const { width, height } = original;
   const scale = Math.min(1, LONG_SIDE / Math.max(width, height), Math.sqrt(maxPixels / (width * height)));
@@ -47,8 +47,8 @@ export async function preparePicture(blob, name, { maxPixels = Infinity, maxByte
   const sent = await jpeg(original, Math.max(1, Math.floor(width * scale)), Math.max(1, Math.floor(height * scale)));
   original.close();
   const bitmap = await createImageBitmap(sent);
-  const note = scale < 1 ? `${size}, sent as a smaller JPEG of ${bitmap.width} × ${bitmap.height}` : `${size}, sent as JPEG`;
-  return { url: await dataUri(sent), bitmap, name, note: `${name}, ${note}` };
+  const how = scale < 1 ? `a smaller JPEG of ${bitmap.width} × ${bitmap.height}` : "JPEG";
+  return { url: await dataUri(sent), bitmap, name, note: `${name}, ${size}, sent as ${how}` };
 }
 
 /**
@@ -67,7 +67,8 @@ export function jpeg(source, width, height) {
   context.imageSmoothingQuality = "high";
   context.drawImage(source, 0, 0, width, height);
   return new Promise((resolve, reject) => {
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new PictureError("The picture is too large."))), "image/jpeg", QUALITY);
+    const take = (blob) => (blob ? resolve(blob) : reject(new PictureError("The picture is too large.")));
+    canvas.toBlob(take, "image/jpeg", QUALITY);
   });
 }
 
