@@ -338,6 +338,7 @@ def test_asking_again_helps_after_the_server_was_away(visit: Open, server: str) 
     page.unroute("**/chat/completions")
     page.get_by_role("button", name="Try again").click()
     answered(page)
+    assert page.locator("#ask").evaluate("button => button === document.activeElement")
     assert page.locator("#alert").is_hidden()
     assert page.input_value("#question") == ""
 

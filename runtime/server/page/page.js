@@ -70,7 +70,10 @@ function complain(problem, again) {
   alertBox.replaceChildren(element("p", {}, words.join("\n")));
   if (again && !missingKey) {
     const button = element("button", { class: "button", type: "button" }, "Try again");
-    button.addEventListener("click", again);
+    button.addEventListener("click", () => {
+      part("ask").focus(); // this button is about to go
+      again();
+    });
     alertBox.append(button);
   }
   alertBox.hidden = false;
