@@ -41,6 +41,7 @@ ALLOWED = {
     "calibration": {"onnx", "onnxruntime"},
     # torch in two modules of it, see below.
     "runtime": {
+        "anyio",
         "av",
         "cuda",
         "fastapi",
