@@ -200,40 +200,23 @@ function stop() {
 }
 
 async function ask() {
-  const text = question.value.trim();
-  if (running) return;
-  if (!model) return complain("The server has not said yet which model it runs.", loadModel);
-  if (!picture) {
-    complain("Choose a picture first.");
-    part("file").focus();
-    return;
-  }
-  if (!text) {
-    complain("Type a question first.");
-    question.focus();
-    return;
-  }
-
+  if (running || !canAsk()) return;
   quiet();
+  const text = question.value.trim();
   const asked = picture;
   const controller = new AbortController();
-  running = controller;
   const turn = new Turn(text, part("compare").checked ? [Number(budget.value), "full"] : [Number(budget.value)]);
   for (const run of turn.runs) run.button.addEventListener("click", () => show(run === shown ? null : run));
   turns.append(turn.element);
   bringIntoSight(turn);
   show(null);
   question.value = "";
-  part("stop").hidden = false;
-  part("ask").setAttribute("aria-disabled", "true");
+  setRunning(controller);
 
   let problem = null;
-  // Both sides hear the same conversation, so that only the tokens differ; one after the other, so that neither slows
-  // the other down.
-  const messages = [...history.flatMap(exchange), { role: "user", content: text }];
-  const shownFirst = { type: "image_url", image_url: { url: asked.url } };
-  messages[0].content = [shownFirst, { type: "text", text: messages[0].content }];
+  const messages = conversation(text);
   try {
+    // One after the other, so that neither slows the other down.
     for (const run of turn.runs) {
       await hear(run, messages, controller.signal);
       turn.showTimes();
@@ -242,20 +225,51 @@ async function ask() {
   } catch (error) {
     problem = error;
   }
+  setRunning(null);
+  // Another picture may have come meanwhile, and taken the place of all of this.
+  if (picture === asked) settle(turn, problem, controller.signal.aborted);
+}
 
-  const stopped = controller.signal.aborted;
+/** Say what is missing before anything can be asked. */
+function canAsk() {
+  if (!model) complain("The server has not said yet which model it runs.", loadModel);
+  else if (!picture) {
+    complain("Choose a picture first.");
+    part("file").focus();
+  } else if (!question.value.trim()) {
+    complain("Type a question first.");
+    question.focus();
+  } else return true;
+  return false;
+}
+
+function setRunning(controller) {
+  running = controller;
+  if (document.activeElement === part("stop")) part("ask").focus(); // it is about to go
+  part("stop").hidden = !running;
+  part("ask").setAttribute("aria-disabled", String(running !== null));
+}
+
+/** All that was said and the new question, with the picture where it came. Both runs of a turn hear the same. */
+function conversation(text) {
+  const messages = history.flatMap((past) => [
+    { role: "user", content: past.question },
+    { role: "assistant", content: past.answer },
+  ]);
+  messages.push({ role: "user", content: text });
+  const image = { type: "image_url", image_url: { url: picture.url } };
+  messages[0].content = [image, { type: "text", text: messages[0].content }];
+  return messages;
+}
+
+/** Keep what was heard, and give back a question that was not answered. */
+function settle(turn, problem, stopped) {
   for (const run of turn.runs) if (!run.complete) run.end(stopped ? "Stopped." : "Not answered.");
-  running = null;
-  if (document.activeElement === part("stop")) part("ask").focus();
-  part("stop").hidden = true;
-  part("ask").removeAttribute("aria-disabled");
-  if (picture !== asked) return; // another picture came meanwhile, and took the place of all of this
-
   const [first] = turn.runs;
   const heard = first.complete || (stopped && first.text !== "");
-  if (heard) history.push({ question: text, answer: first.text });
+  if (heard) history.push({ question: turn.question, answer: first.text });
   else {
-    if (!question.value.trim()) question.value = text; // nobody types a question twice
+    if (!question.value.trim()) question.value = turn.question; // nobody types a question twice
     if (!first.text) turn.element.remove();
   }
   if (problem) part("status").textContent = stopped ? "Stopped." : "";
@@ -276,13 +290,6 @@ function leaveOutDock() {
 }
 
 new ResizeObserver(leaveOutDock).observe(part("dock"));
-
-function exchange({ question: asked, answer }) {
-  return [
-    { role: "user", content: asked },
-    { role: "assistant", content: answer },
-  ];
-}
 
 /** Stream one run's answer into its place. */
 async function hear(run, messages, signal) {

@@ -137,12 +137,13 @@ function table(kept, all) {
   const least = 0.05 * Math.max(kept.totalMs, all.totalMs);
   const ratioOf = (before, after) => (Math.max(before, after) >= least ? `${(after / before).toFixed(1)}×` : "");
   const first = `${compareFirstToken(kept, all).ratio.toFixed(1)}×`;
-  const heads = [`${kept.tokens} tokens`, `all ${all.tokens}`, "ratio"];
+  const columns = [`${kept.tokens} tokens`, `all ${all.tokens}`, "ratio"];
+  const heads = columns.map((column) => element("th", { scope: "col" }, column));
   return element(
     "table",
     {},
     element("caption", { class: "unseen" }, "Times of both runs"),
-    element("thead", {}, element("tr", {}, element("td"), ...heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("thead", {}, element("tr", {}, element("td"), ...heads)),
     element(
       "tbody",
       {},
