@@ -6,6 +6,7 @@
 - ``targets.py``  what engines are built for
 - ``build.py``    bundle → engine
 - ``pack.py``     bundle → archive for a device
+- ``export_triton.py`` bundle → model repository of Triton Inference Server
 - ``run.py``      images and questions → answers
 - ``chat.py``     one question after the other about the same images
 - ``serve.py``    images and questions over HTTP → answers
@@ -31,6 +32,7 @@ from flashvlm_export.cli import (
     chat,
     dataset,
     export,
+    export_triton,
     inspect,
     models,
     pack,
@@ -43,7 +45,23 @@ from flashvlm_export.cli import eval as eval_
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, chat, serve, prompt, report, dataset, eval_, inspect)
+_VERBS = (
+    models,
+    targets,
+    export,
+    calibrate,
+    build,
+    pack,
+    export_triton,
+    run_,
+    chat,
+    serve,
+    prompt,
+    report,
+    dataset,
+    eval_,
+    inspect,
+)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -65,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _VERBS:
         summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         verb = verbs.add_parser(
-            module.__name__.rpartition(".")[2], help=summary, description=summary, formatter_class=_Formatter
+            module.__name__.rpartition(".")[2].replace("_", "-"),
+            help=summary,
+            description=summary,
+            formatter_class=_Formatter,
         )
         module.add_arguments(verb)
         verb.add_argument(

@@ -11,5 +11,6 @@
 - ``metrics.py``       Prometheus
 - ``app.py``           the routes
 - ``listening.py``     the socket, until a signal
+- ``ray_app.py``       the same on many machines, a Ray Serve application
 - ``page/``            the page at ``/``
 """
