@@ -1,8 +1,9 @@
 """Load on ``flashvlm serve`` by locust: requests per second and time to first token, pruned against unpruned.
 
-Regime: CPU, clients and server on the same cores. Questions are those of a data set, such as
-``python benchmarks/tiny/dataset.py build/scenes/load --count 70`` writes. Each picture is encoded before it is timed, so that what is timed is selection, prefill, decode, and the waiting of clients for each other: with 64 clients
-and 8 answers under way, most of it. Every answer is compared with the one that its request got alone.
+Regime: CPU, clients and server on the same cores. Questions are those of a data set, such as ``python
+benchmarks/tiny/dataset.py build/scenes/load --count 70`` writes. Each picture is encoded before it is timed, so that
+what is timed is selection, prefill, decode, and the waiting of clients for each other: with 64 clients and 8 answers
+under way, most of it. Every answer is compared with the one that its request got alone.
 
 Exit code 1 if a request failed, or an answer differs. ``--soak`` adds one long run with all budgets mixed, and the
 memory of the server at its beginning and end.
