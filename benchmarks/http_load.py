@@ -35,9 +35,9 @@ MIB = 1 << 20
 
 
 @contextmanager
-def server(bundle: Path, max_answers: int) -> Iterator[tuple[str, psutil.Process]]:
+def server(bundle: Path, max_answers: int, *more: str) -> Iterator[tuple[str, psutil.Process]]:
     """Start ``flashvlm serve`` at a free port; yield its address and process."""
-    options = ["--port", "0", "--positions", "original", "--max-answers", str(max_answers), "--max-queue", "64"]
+    options = ["--port", "0", "--positions", "original", "--max-answers", str(max_answers), "--max-queue", "64", *more]
     command = [sys.executable, "-m", "flashvlm_export", "serve", str(bundle), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
