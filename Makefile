@@ -24,7 +24,7 @@ endif
 POSITIONS ?= contiguous
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types unit runtime-lanes device-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
+.PHONY: help install demo serve test check lint types unit runtime-lanes device-lane page-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -79,6 +79,9 @@ build/lane/bundle/manifest.json: $(VENV)/installed $(EXPORTER)
 	$(BIN)/python tests/helpers/tiny_llava.py build/lane/checkpoint
 	$(BIN)/flashvlm export build/lane/checkpoint --output build/lane/bundle --overwrite --engine-check required \
 	  --split divprune,cdpruner
+
+page-lane: $(VENV)/installed ## the page in headless Chromium (Debian: apt-get install chromium); fails without it
+	FLASHVLM_REQUIRE_BROWSER=1 $(BIN)/python -m pytest tests/server/test_page.py tests/server/test_live_page.py
 
 # llama.cpp is compiled, some minutes on two cores, for this machine and without its tools.
 llamacpp-lane: $(VENV)/installed ## llama.cpp, compiled into .venv, and the tests that need it

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests of runtime and evaluation on another Python with the base install and ONNX Runtime only, as on a device: no torch.
+# Tests of runtime, server and evaluation on another Python with ONNX Runtime and the server alone, as on a device: no torch.
 # usage: tests/runtime_lane.sh VERSION LANE_DIR   (LANE_DIR/bundle is a bundle to test with)
 set -euo pipefail
 version=$1
@@ -12,8 +12,8 @@ fi
 venv=.venv-$version
 if [ ! -f "$venv/installed" ] || [ pyproject.toml -nt "$venv/installed" ]; then
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[ort]' pytest
+  "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[ort,serve]' openai pytest
   touch "$venv/installed"
 fi
 echo "runtime lane: $("$venv/bin/python" --version)"
-FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime tests/evaluation tests/integration/test_eval_cli.py
+FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime tests/server tests/evaluation tests/integration/test_eval_cli.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -286,3 +287,15 @@ def test_pictures_that_are_none(client: Any, url: str, message: str) -> None:
     with pytest.raises(openai.BadRequestError, match=message) as caught:
         ask(client, [{"role": "user", "content": parts}])
     assert (caught.value.body["param"], caught.value.body["code"]) == ("messages", "invalid_image")
+
+
+def test_the_example_of_the_readme_works(served: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "OpenAI(" in block]
+    here = {"http://127.0.0.1:8000": served.url, "flashvlm-tiny": MODEL, "examples/": f"{root}/examples/", "128": "12"}
+    for written, meant in here.items():
+        assert written in code
+        code = code.replace(written, meant)
+    exec(code, {})
+    assert "kept_tokens=12" in capsys.readouterr().out
