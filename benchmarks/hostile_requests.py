@@ -98,7 +98,7 @@ class Kind:
     Attributes:
         sent: what is sent.
         outcomes: those that are right.
-        manner: ``send`` and read; ``drip`` all of it, or ``drip body``, byte by byte; ``half`` closed behind the request;
+        manner: ``send`` and read; ``drip`` all of it, or ``drip body``, byte by byte; ``half`` closed behind it;
             ``leave`` in the middle of the answer; ``deaf``: never read.
     """
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol, TypeAlias
 
 from flashvlm_export.runtime.image_cache import CacheStats
 from flashvlm_export.runtime.request import Answer, PrunedPrompt
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError
 from flashvlm_export.runtime.server.conversation import Asked
 from flashvlm_export.runtime.service import Service
 
@@ -87,6 +88,8 @@ class ServiceAnswerer:
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
         """See :class:`Answerer`."""
+        if not self._service.is_open:
+            raise _ended()
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[list[KeptTokens] | str | Future[Answer]] = asyncio.Queue()
 
@@ -104,6 +107,8 @@ class ServiceAnswerer:
         try:
             while not isinstance(event := await events.get(), Future):
                 yield event
+            if event.cancelled():
+                raise _ended()
             yield done(event.result())
         finally:
             future.cancel()
@@ -116,6 +121,11 @@ class ServiceAnswerer:
         """See :class:`Answerer`."""
         service = self._service
         return Load(service.waiting, service.under_way, dict(service.batch_sizes), service.vlm.images.stats)
+
+
+def _ended() -> ApiError:
+    message = "the server takes no more requests"
+    return ApiError(503, message, code="not_ready", kind="server_error", headers=LATER)
 
 
 def kept_tokens(prompt: PrunedPrompt) -> list[KeptTokens]:

@@ -145,7 +145,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
         return await failed(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
     open_paths = ["/health", "/ready", "/", *(f"/page/{name}" for name in files)]
-    app.add_middleware(Guard, settings=settings, keys=keys, open_paths=open_paths)
+    app.add_middleware(Guard, settings=settings, keys=keys, open_paths=open_paths, on_refused=metrics.ended)
     return app
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -35,12 +35,18 @@ class Guard:
         settings: limits and names.
         keys: one of which a request has to bring; empty lets everybody in.
         open_paths: that need no key.
+        on_refused: hears the status of each error.
     """
 
     def __init__(
-        self, app: ASGIApp, settings: ServerSettings, keys: Sequence[str], open_paths: Collection[str]
+        self,
+        app: ASGIApp,
+        settings: ServerSettings,
+        keys: Sequence[str],
+        open_paths: Collection[str],
+        on_refused: Callable[[str], object],
     ) -> None:
-        self._app, self._keys = app, [key.encode() for key in keys]
+        self._app, self._keys, self._on_refused = app, [key.encode() for key in keys], on_refused
         self._open_paths = frozenset(open_paths)
         self._limit_bytes, self._seconds = settings.max_body_mib << 20, settings.slow_seconds
         self._names = frozenset(settings.hosts or (LOOPBACK_NAMES if settings.on_loopback else ()))
@@ -62,6 +68,7 @@ class Guard:
             self._check_key(scope, headers)
             body = await self._body(headers, receive)
         except ApiError as error:
+            self._on_refused(str(error.status))
             response = JSONResponse(error.body, error.status, error.headers)
             await response(scope, receive, with_headers)
             return

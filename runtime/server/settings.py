@@ -84,6 +84,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _about("names by which clients may call the server (default: any, but only localhost's on loopback)"),
     ] = ()
     api_keys: Annotated[Path | None, _about("file with one key a line, one of which every request has to bring")] = None
+    access_log: Annotated[bool, _about("print a line for each request on standard output")] = False
     image_hosts: Annotated[
         tuple[str, ...], _about("hosts that images may be fetched from; without, pictures come inside requests only")
     ] = ()

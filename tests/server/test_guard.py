@@ -336,13 +336,29 @@ def test_ready_is_what_the_model_is(tiny_bundle: Path) -> None:
             assert response.status == 200
 
 
+def test_a_service_that_has_ended_is_not_ready(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, name=NAME, max_answers=1) as (url, service):
+        content = body(stream=True, max_tokens=900)
+        with raw_connection(url) as connection:
+            connection.sendall(head(len(content), "Connection: close") + content)
+            wait_for(lambda: service.under_way == 1)
+            service.close(finish=False)
+            assert b'"code":"not_ready"' in read_to_end(connection)
+        status, _, error = post(url, body())
+        assert (status, error["error"]["code"]) == (503, "not_ready")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}/ready")
+
+
 def test_metrics_count_what_was_asked(tiny_bundle: Path) -> None:
     with app_of(tiny_bundle, name=NAME) as (url, _):
         answers = [post(url, body(token_budget=budget))[2] for budget in (3, 5, "full")]
         post(url, b"{")
+        post(url, body(), {"Host": "evil.example"})
         shown = metrics(url)
     assert shown['flashvlm_requests_total{outcome="200"}'] == 3
     assert shown['flashvlm_requests_total{outcome="400"}'] == 1
+    assert shown['flashvlm_requests_total{outcome="421"}'] == 1
     assert shown["flashvlm_visual_tokens_total"] == 48
     assert shown["flashvlm_kept_tokens_total"] == 24
     assert shown["flashvlm_answer_tokens_total"] == sum(each["usage"]["completion_tokens"] for each in answers)
