@@ -8,6 +8,7 @@
 - ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
 - ``chat.py``     one question after the other about the same images
+- ``live.py``     a camera or a video and a standing question → an answer about each newest frame
 - ``prompt.py``   images and a question → a file for any LLM engine
 - ``report.py``   bundle against PyTorch → one page
 - ``dataset.py``  published benchmark → data set
@@ -24,12 +25,25 @@ import sys
 from collections.abc import Callable, Sequence
 
 from flashvlm_export import __version__, interrupts
-from flashvlm_export.cli import build, calibrate, chat, dataset, export, inspect, models, pack, prompt, report, targets
+from flashvlm_export.cli import (
+    build,
+    calibrate,
+    chat,
+    dataset,
+    export,
+    inspect,
+    live,
+    models,
+    pack,
+    prompt,
+    report,
+    targets,
+)
 from flashvlm_export.cli import eval as eval_
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, chat, prompt, report, dataset, eval_, inspect)
+_VERBS = (models, targets, export, calibrate, build, pack, run_, chat, live, prompt, report, dataset, eval_, inspect)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,0 +1,169 @@
+"""flashvlm live: a camera or a video with a standing question, answered about the newest frame."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import deque
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashvlm_export import interrupts
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
+from flashvlm_export.cli.output import print_json, talk
+from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
+from flashvlm_export.cli.video import BUDGET_HELP, DIVISION_HELP, DIVISIONS
+
+if TYPE_CHECKING:
+    from flashvlm_export.runtime.live.watch import Report, Seen, Statistics
+
+# Answers that --json tells of: the newest ones of a run that may last for months.
+_TOLD = 10_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``flashvlm live``."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="directory written by flashvlm export")
+    parser.add_argument(
+        "--source",
+        metavar="SOURCE",
+        required=True,
+        help="camera (0 or /dev/videoN), video file, picture, rtsp:// or http:// stream, csi or csi:N (a Jetson's "
+        "camera connector), or gst:PIPELINE (any GStreamer source, without its sink)",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question that is asked of every frame")
+    parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
+    parser.add_argument("--budget", metavar="K", help=BUDGET_HELP)
+    parser.add_argument(
+        "--frames",
+        metavar="N",
+        type=int,
+        help="ask about the newest N frames that were asked about, as a video, for models that take videos (default: "
+        "about the newest frame as an image)",
+    )
+    parser.add_argument("--division", choices=DIVISIONS, default="evenly", help=DIVISION_HELP)
+    parser.add_argument(
+        "--every", metavar="S", type=float, default=0.0, help="least seconds from one question to the next"
+    )
+    parser.add_argument("--answers", metavar="N", type=int, help="end after N answers (default: no limit)")
+    parser.add_argument("--seconds", metavar="S", type=float, help="end after S seconds (default: no limit)")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="frames with kept tokens and answers: a recording (.mp4, .mkv), or the newest one (.png, .jpg, .webp)",
+    )
+    parser.add_argument(
+        "--size", metavar="WxH", help="frame size to ask a camera for (default: its own; csi: 1280x720)"
+    )
+    parser.add_argument(
+        "--fps",
+        metavar="R",
+        type=float,
+        help="frames per second to ask a camera for (default: its own; csi: 30), or to show a picture at (default: 5)",
+    )
+    parser.add_argument("--loop", action="store_true", help="begin a video file again at its end")
+    add_backend_arguments(parser)
+    add_llm_argument(parser)
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Watch until a limit, the end of the source or Ctrl-C; print answers, and what was counted."""
+    from flashvlm_export.runtime.live.drawing import draw_seen
+    from flashvlm_export.runtime.live.outputs import output_to
+    from flashvlm_export.runtime.live.sources import size_from, source_from
+    from flashvlm_export.runtime.live.watch import Standing, watch
+    from flashvlm_export.runtime.request import Pruning
+
+    size = None if args.size is None else size_from(args.size)
+    source = source_from(args.source, size=size, fps=args.fps, loop=args.loop)
+    output = None if args.output is None else output_to(args.output)
+    bundle = Bundle.open(args.bundle)
+    standing = Standing(
+        args.prompt,
+        args.system,
+        Pruning(budget_from(args), args.text_span, args.positions, selector_from(args, bundle), args.division),
+        sampling_from(args),
+        frames=args.frames,
+        every_s=args.every,
+        answers=args.answers,
+        seconds=args.seconds,
+    )
+    say = talk(args.json)
+    told: deque[dict[str, Any]] = deque(maxlen=_TOLD)
+
+    def on_seen(seen: Seen) -> None:
+        say(f"{seen.captured_s:8.1f} s  {' '.join(seen.answer.text.split())}  ({seen.latency_ms:.0f} ms)")
+        if args.json:
+            told.append(_answer(seen))
+        if output is not None:
+            output.add(draw_seen(seen, args.prompt), seen.captured_s + seen.latency_ms / 1e3)
+        interrupts.check()  # one that came where Python could not raise it
+
+    with ExitStack() as stack:
+        vlm = stack.enter_context(pipeline_from(args, bundle))
+        if output is not None:
+            stack.enter_context(output)
+        say(f"{source.name}: {args.prompt}  (Ctrl-C ends)")
+        report = watch(vlm, source, standing, on_seen=on_seen, on_event=lambda text: print(text, file=sys.stderr))
+    interrupts.settle()
+    for line in _summary(report.statistics):
+        say(line)
+    wrote = args.output if args.output is not None and report.statistics.answered else None
+    if wrote is not None:
+        say(f"  written: {wrote}")
+    if args.json:
+        print_json(_told(args, source.name, report, list(told), wrote))
+    if report.error is not None:
+        raise report.error
+
+
+def _answer(seen: Seen) -> dict[str, Any]:
+    """Return what ``--json`` says of one answer."""
+    prompt, stats = seen.answer.prompt, seen.answer.stats
+    return {
+        "answer": seen.answer.text,
+        "frame": seen.frame,
+        "captured_s": seen.captured_s,
+        "latency_ms": seen.latency_ms,
+        "visual_tokens": prompt.visual_tokens_before,
+        "kept_tokens": prompt.visual_tokens_kept,
+        "kept_indices": seen.kept.indices,
+        "prompt_tokens": stats.prompt_tokens,
+        "new_tokens": stats.new_tokens,
+        "finish_reason": stats.finish_reason,
+        "stage_ms": seen.answer.stage_ms,
+    }
+
+
+def _told(
+    args: argparse.Namespace, name: str, report: Report, answers: list[dict[str, Any]], wrote: Path | None
+) -> dict[str, Any]:
+    return {
+        "bundle": str(args.bundle),
+        "source": name,
+        "prompt": args.prompt,
+        "answers": answers,
+        "ended": report.ended,
+        "error": None if report.error is None else str(report.error),
+        "output": None if wrote is None else str(wrote),
+        **asdict(report.statistics),
+    }
+
+
+def _summary(totals: Statistics) -> list[str]:
+    fps = "" if totals.source_fps is None else f", {totals.source_fps:.1f} per second"
+    lines = [
+        f"  {totals.seconds:.1f} s: {totals.received} frames received{fps}; {totals.answered} answered, "
+        f"{totals.answers_per_second:.2f} per second; {totals.dropped} dropped; {totals.reconnects} reconnects"
+    ]
+    if totals.latency_p50_ms is not None:
+        lines.append(
+            f"  latency from capture to answer: median {totals.latency_p50_ms:.0f} ms, 99 % within "
+            f"{totals.latency_p99_ms:.0f} ms"
+        )
+    return lines
