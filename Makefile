@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 MODEL ?= llava-1.5-7b
 WEIGHTS ?= auto
 PRECISION ?= fp16
+PORT ?= 8000
 BUNDLE ?= build/$(MODEL)
 OUTPUT ?= build/eval/$(notdir $(BUNDLE))-$(notdir $(basename $(DATA)))
 DEMO := build/demo
@@ -23,7 +24,7 @@ endif
 POSITIONS ?= contiguous
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types unit runtime-lanes device-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
+.PHONY: help install demo serve test check lint types unit runtime-lanes device-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -41,8 +42,11 @@ EXPORTER := $(shell find flashvlm_export export tests/helpers/tiny_llava.py -nam
 demo: $(DEMO)/bundle/manifest.json ## a picture and seven questions through the exported graph, beside PyTorch
 	$(BIN)/python examples/demo.py $(DEMO)/bundle $(TINY) --heatmap $(DEMO)/kept.png
 
+serve: $(DEMO)/bundle/manifest.json ## flashvlm-tiny at http://127.0.0.1:8000, a page and an OpenAI-compatible API (PORT)
+	$(BIN)/flashvlm serve $(DEMO)/bundle --positions original --port $(PORT)
+
 $(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors
-	$(BIN)/flashvlm export flashvlm-tiny --output $(DEMO)/bundle --overwrite --precision fp32
+	$(BIN)/flashvlm export flashvlm-tiny --output $(DEMO)/bundle --overwrite --precision fp32 --split flashvlm-soft
 
 # Pictures and questions of benchmarks/tiny: 1,050 to measure accuracy, a few for reports, 64 to calibrate with.
 $(SCENES)/test.jsonl: count := 1050

@@ -14,6 +14,11 @@ from flashvlm_export.specs import GraphSpec, VisualDims
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 
+#: Text that guides selection: all of the prompt, or the question alone.
+TextSpan = Literal["prompt", "question"]
+#: Where kept visual tokens stand in the language model: without gaps, or where they stood.
+Positions = Literal["contiguous", "original"]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -178,7 +183,7 @@ class Manifest:
     video: VideoSettings | None = None
 
     @property
-    def default_positions(self) -> Literal["contiguous", "original"]:
+    def default_positions(self) -> Positions:
         """Where kept tokens stand if nothing is said: as the authors of FlashVLM have it for either kind of model."""
         return "contiguous" if self.position_axes == 1 else "original"
 

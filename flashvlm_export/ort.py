@@ -9,6 +9,13 @@ from typing import Any
 
 from flashvlm_export.errors import ConfigError, DependencyError, SessionError, install_hint
 
+#: Execution providers by the name that options have. What TensorRT does not take of a graph, goes to CUDA.
+PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
+}
+
 _EXTRA = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}
 
 

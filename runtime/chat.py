@@ -50,7 +50,7 @@ class Chat:
         A question that fails leaves the conversation as it was.
 
         Raises:
-            UsageError: if no image came yet, and what :meth:`Pipeline.encode` and :meth:`Pipeline.answer` raise.
+            FlashVLMError: what :meth:`Pipeline.encode` and :meth:`Pipeline.answer` raise.
         """
         request = Request(images, question, self.system, history=self.exchanges)
         prompt = self.vlm.encode_each([(request, self.pruning)])[0]

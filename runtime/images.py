@@ -14,6 +14,7 @@ import hashlib
 import os
 import threading
 import warnings
+from collections.abc import Collection
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -41,7 +42,9 @@ _opening = threading.Lock()
 ImageSource = Union[str, "os.PathLike[str]", bytes, Image.Image, npt.NDArray[Any]]
 
 
-def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS, formats: Collection[str] | None = None
+) -> Image.Image:
     """Return an image as 8-bit RGB, upright.
 
     Args:
@@ -49,6 +52,7 @@ def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Imag
             array ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` (RGB) or ``[H, W, 4]`` (RGBA). URLs are not fetched.
         limit_pixels: largest width x height, checked before anything is decoded. Beyond 178,956,970 Pillow's
             ``PIL.Image.MAX_IMAGE_PIXELS`` has to be raised too.
+        formats: Pillow's names of the file formats that are read; ``None`` for all but EPS.
 
     Returns:
         A Pillow image of mode ``RGB``; ``source`` itself if it is one already. ``source`` is never changed.
@@ -61,14 +65,14 @@ def load_image(source: ImageSource, *, limit_pixels: int = LIMIT_PIXELS) -> Imag
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source), "the array given", limit_pixels)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(BytesIO(source), f"{len(source)} bytes", limit_pixels)
+        return _decode(BytesIO(source), f"{len(source)} bytes", limit_pixels, formats)
     if isinstance(source, str) and source.startswith("data:"):
-        return _decode(BytesIO(_data_url(source)), "a data URL", limit_pixels)
+        return _decode(BytesIO(data_url_bytes(source)), "a data URL", limit_pixels, formats)
     if isinstance(source, (str, os.PathLike)):
         path = _checked_path(source)
         try:
             with path.open("rb") as stream:
-                return _decode(stream, str(path), limit_pixels)
+                return _decode(stream, str(path), limit_pixels, formats)
         except OSError as error:
             raise ImageError("the image file cannot be read", received=f"{path}: {error.strerror or error}") from error
     raise _no_source(source)
@@ -93,7 +97,7 @@ def content_key(source: ImageSource) -> str:
     elif isinstance(source, (bytes, bytearray, memoryview)):
         digest.update(source)
     elif isinstance(source, str) and source.startswith("data:"):
-        digest.update(_data_url(source))
+        digest.update(data_url_bytes(source))
     elif isinstance(source, (str, os.PathLike)):
         path = _checked_path(source)
         try:
@@ -139,7 +143,8 @@ def _checked_path(source: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _data_url(url: str) -> bytes:
+def data_url_bytes(url: str) -> bytes:
+    """Return the file inside a ``data:image/...;base64,`` URL; raises :class:`ImageError` if it has no such form."""
     header, _, payload = url.partition(",")
     try:
         if not (header.startswith("data:image/") and header.endswith(";base64")):
@@ -165,18 +170,18 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2:] == (1,) else array))
 
 
-def _decode(stream: BinaryIO, name: str, limit_pixels: int) -> Image.Image:
+def _decode(stream: BinaryIO, name: str, limit_pixels: int, formats: Collection[str] | None) -> Image.Image:
     if not stream.read(1):
         raise ImageError("the image file is empty", received=f"{name}: 0 bytes")
     stream.seek(0)
-    with _open(stream, name, limit_pixels) as image:
+    with _open(stream, name, limit_pixels, formats) as image:
         return _to_rgb(image, name, limit_pixels)
 
 
-def _open(stream: BinaryIO, name: str, limit_pixels: int) -> Image.Image:
+def _open(stream: BinaryIO, name: str, limit_pixels: int, wanted: Collection[str] | None) -> Image.Image:
     """Read the header only."""
     Image.init()
-    formats = [format for format in Image.ID if format not in _REFUSED_FORMATS]
+    formats = [format for format in Image.ID if format in (wanted or Image.ID) and format not in _REFUSED_FORMATS]
     try:
         with _opening, warnings.catch_warnings():
             # limit_pixels decides, not Pillow's warning at half of its own limit.
@@ -193,7 +198,9 @@ def _open(stream: BinaryIO, name: str, limit_pixels: int) -> Image.Image:
         raise ImageError(
             "this is not an image that can be read",
             received=f"{name}: {error}",
-            expected="PNG, JPEG, WebP, GIF, BMP, TIFF, or another format that Pillow reads",
+            expected=", ".join(wanted)
+            if wanted
+            else "PNG, JPEG, WebP, GIF, BMP, TIFF, or another format that Pillow reads",
             hint=_WHAT_TO_DO,
         ) from error
 

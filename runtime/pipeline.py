@@ -22,13 +22,14 @@ from PIL import Image
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
+from flashvlm_export.manifest import Positions, TextSpan
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_axes, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, PreparedImage, visual_feeds
 from flashvlm_export.runtime.image_cache import ImageCache
 from flashvlm_export.runtime.images import ImageSource, load_image
 from flashvlm_export.runtime.llm.base import LLMEngine, SamplingParams, counted_positions
 from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
-from flashvlm_export.runtime.prompt import Positions, TextSpan, TokenizedPrompt, Turn
+from flashvlm_export.runtime.prompt import TokenizedPrompt
 from flashvlm_export.runtime.request import (
     Answer,
     Division,
@@ -38,6 +39,7 @@ from flashvlm_export.runtime.request import (
     SelectedImage,
     Visual,
     medium_of,
+    tokenized,
 )
 from flashvlm_export.runtime.sessions.base import VisualSession
 from flashvlm_export.runtime.sessions.split import EncodedImage, SplitSession
@@ -194,7 +196,7 @@ class Pipeline:
         if not asked:
             raise UsageError("no requests", expected="at least one image and question")
         clock = Clock()
-        prompts = [self._tokenize(request) for request, _ in asked]
+        prompts = [tokenized(request, self.prompts) for request, _ in asked]
         visuals = [_in_order(request, prompt) for (request, _), prompt in zip(asked, prompts, strict=True)]
         dtype = np.dtype(next(spec.dtype for spec in self.session.spec.inputs if spec.name == "text_embeds"))
         wanted = []
@@ -408,12 +410,20 @@ class Pipeline:
         *,
         on_text: Callable[[str], object] = lambda piece: None,
     ) -> Generator[Answer | None, None, None]:
-        """Yield ``None`` after each token and the answer at last; see :meth:`answer`.
+        """Check everything now, and yield ``None`` after each token and the answer at last; see :meth:`answer`.
 
         For answers that take turns, as many as :attr:`LLMEngine.max_answers`. Close the generator to stop early.
         """
+        return self._answering(prompt, self.generate(prompt.inputs_embeds, prompt.positions, params), on_text)
+
+    def _answering(
+        self,
+        prompt: PrunedPrompt,
+        pieces: Generator[tuple[int | None, str], None, None],
+        on_text: Callable[[str], object],
+    ) -> Generator[Answer | None, None, None]:
         pairs = []
-        with closing(self.generate(prompt.inputs_embeds, prompt.positions, params)) as pieces:
+        with closing(pieces):
             for token, piece in pieces:
                 pairs.append((token, piece))
                 if piece:
@@ -468,7 +478,7 @@ class Pipeline:
         *,
         stop_token_ids: Collection[int] | None = None,
     ) -> Generator[tuple[int | None, str], None, None]:
-        """Yield ``(token id, text that it completes)`` of an answer, and at last ``(None, what was held back)``.
+        """Check everything now, and yield ``(token id, text that it completes)``, at last ``(None, what was held back)``.
 
         Behind a stop text nothing is yielded, but the tokens of that text are.
 
@@ -487,9 +497,13 @@ class Pipeline:
         assert settings is not None  # the constructor refuses such bundles
         params = SamplingParams() if params is None else params
         end = settings.eos_token_ids if stop_token_ids is None else stop_token_ids
-        detokenizer, stop = self.prompts.detokenizer(), StopStrings(params.stop)
-        llm = self._require_llm()
-        tokens = llm.generate(inputs_embeds, params, stop_token_ids=end, positions=positions)
+        tokens = self._require_llm().generate(inputs_embeds, params, stop_token_ids=end, positions=positions)
+        return self._pieces(tokens, StopStrings(params.stop))
+
+    def _pieces(
+        self, tokens: Generator[int, None, None], stop: StopStrings
+    ) -> Generator[tuple[int | None, str], None, None]:
+        detokenizer, llm = self.prompts.detokenizer(), self._require_llm()
         with closing(tokens):
             for token in tokens:
                 yield token, stop.feed(detokenizer.feed(token))
@@ -503,21 +517,6 @@ class Pipeline:
         if self.llm is None:
             raise UsageError("this pipeline was opened without a language model", expected="one that has")
         return self.llm
-
-    def _tokenize(self, request: Request) -> TokenizedPrompt:
-        if not request.all_images:
-            raise UsageError(
-                "a request without images",
-                expected="at least one image or video",
-                hint="--image FILE or --video FILE; in a conversation from standard input also a line /image FILE",
-            )
-        media = [medium_of(image) for image in request.images]
-        if request.raw:
-            if request.history or request.system is not None:
-                raise UsageError("a raw prompt has history and system text inside", expected="raw, or these")
-            return self.prompts.raw(request.question, media)
-        history = [Turn([*map(medium_of, past.images)], past.question, past.answer) for past in request.history]
-        return self.prompts.chat(request.question, media, request.system, history)
 
     def __enter__(self) -> Pipeline:
         self.load()

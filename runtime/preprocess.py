@@ -59,6 +59,24 @@ class ImagePreprocessor:
         whole = self.settings.resolutions or self.settings.pixel_range
         return image if whole else Image.fromarray(next(self._pictures(image)))
 
+    def view_box(self, size: Size) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of what the encoder sees, in fractions of an image of ``size``.
+
+        Outside of 0 to 1 is what the image is padded with.
+        """
+        settings = self.settings
+        if settings.resolutions or settings.pixel_range:
+            return 0.0, 0.0, 1.0, 1.0
+        side = (max(size),) * 2 if settings.pad_color is not None else size
+        resized = self._resized_size(side)
+        crop = (resized[1], resized[0]) if settings.crop is None else settings.crop
+        ranges = []
+        for whole, padded, scaled, shown in zip(size, side, resized, reversed(crop), strict=True):
+            first = (scaled - shown) // 2
+            ranges.append([(edge / scaled * padded - (padded - whole) // 2) / whole for edge in (first, first + shown)])
+        (left, right), (top, bottom) = ranges
+        return left, top, right, bottom
+
     def tiles(self, size: Size) -> Size:
         """Return rows and columns of tiles, besides the overview, of an image of ``size`` (width, height)."""
         height, width = choose_resolution(size, self.settings.resolutions)
@@ -90,31 +108,31 @@ class ImagePreprocessor:
         settings = self.settings
         if settings.pad_color is not None:
             image = _pad_to_square(image, settings.pad_color)
-        size = self._resized_size(image)
+        size = self._resized_size(image.size)
         if size != image.size:
             # The whole image, although the crop keeps a part: which of its two passes Pillow does first, and so what
             # is rounded in between, depends on its version and on this size.
             image = image.resize(size, settings.resample)
         return np.asarray(image if settings.crop is None else _centre_crop(image, settings.crop))
 
-    def _resized_size(self, image: Image.Image) -> tuple[int, int]:
+    def _resized_size(self, given: Size) -> Size:
         settings = self.settings
         if settings.pixel_range is not None:
-            return within_pixels(image.size, *settings.pixel_range)
+            return within_pixels(given, *settings.pixel_range)
         if settings.resize is not None:
             return settings.resize[1], settings.resize[0]
         if settings.shortest_edge is None:
-            return image.size
-        short, long = sorted(image.size)
+            return given
+        short, long = sorted(given)
         new_short, new_long = settings.shortest_edge, int(settings.shortest_edge * long / short)
         if new_short * new_long > LIMIT_PIXELS:
             raise ImageError(
                 "the image is too long and thin",
-                received=f"{image.width} x {image.height}: {new_long} x {new_short} once resized",
+                received=f"{given[0]} x {given[1]}: {new_long} x {new_short} once resized",
                 expected=f"at most {LIMIT_PIXELS // new_short**2} times as long as wide",
                 hint="crop it to the part that matters",
             )
-        return (new_short, new_long) if image.width <= image.height else (new_long, new_short)
+        return (new_short, new_long) if given[0] <= given[1] else (new_long, new_short)
 
 
 def within_pixels(size: Size, multiple: int, least: int, most: int) -> Size:

@@ -25,10 +25,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from flashvlm_export.errors import BundleError, ConfigError, PromptError, UsageError
-from flashvlm_export.manifest import PromptSettings
+from flashvlm_export.manifest import PromptSettings, TextSpan
 
-TextSpan = Literal["prompt", "question"]
-Positions = Literal["contiguous", "original"]
 Medium = Literal["image", "video"]
 
 # Rendered in place of the question to learn where it goes; private-use characters survive trim and upper.

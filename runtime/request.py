@@ -9,10 +9,11 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 
 from flashvlm_export.errors import ConfigError, UsageError
+from flashvlm_export.manifest import Positions, TextSpan
 from flashvlm_export.runtime.images import ImageSource
 from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.llm.base import GenerationStats
-from flashvlm_export.runtime.prompt import Medium, Positions, TextSpan, TokenizedPrompt
+from flashvlm_export.runtime.prompt import Medium, PromptBuilder, TokenizedPrompt, Turn
 from flashvlm_export.runtime.video import Video
 from flashvlm_export.specs import Array
 
@@ -71,7 +72,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Request:
-    """One question about one or several images or videos.
+    """One question about images or videos, or about none.
 
     Attributes:
         images: paths, bytes, PIL images or arrays, and videos, each kind in the order of its placeholders; or what an
@@ -100,6 +101,21 @@ class Request:
     def all_images(self) -> list[Visual]:
         """The images and videos of the conversation, each kind in the order of its placeholders."""
         return [*(image for exchange in self.history for image in exchange.images), *self.images]
+
+
+def tokenized(request: Request, prompts: PromptBuilder) -> TokenizedPrompt:
+    """Return the prompt of ``request``.
+
+    Raises:
+        PromptError, UsageError: see :class:`PromptBuilder`; or if a raw prompt comes with more than itself.
+    """
+    media = [medium_of(image) for image in request.images]
+    if not request.raw:
+        history = [Turn([*map(medium_of, past.images)], past.question, past.answer) for past in request.history]
+        return prompts.chat(request.question, media, request.system, history)
+    if request.history or request.system is not None:
+        raise UsageError("a raw prompt has history and system text inside", expected="raw, or these")
+    return prompts.raw(request.question, media)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from types import TracebackType
 from flashvlm_export.errors import ConfigError, QueueFullError, SessionError, UsageError
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
-from flashvlm_export.runtime.request import Answer, Pruning, Request
+from flashvlm_export.runtime.request import Answer, PrunedPrompt, Pruning, Request
 
 _LONGEST_WAIT_MS = 3_600_000.0
 # Pipelines that a service uses now.
@@ -42,6 +42,7 @@ class _Job:
     request: Request
     pruning: Pruning
     params: SamplingParams | None
+    on_prompt: Callable[[PrunedPrompt], object]
     on_text: Callable[[str], object]
     future: Future[Answer] = field(default_factory=Future)
     arrived: float = field(default_factory=time.perf_counter)
@@ -72,6 +73,9 @@ class Service:
             for keys and values of its prompt and answer.
         max_wait_ms: how long a request waits, when nothing is under way, for others to be encoded with.
         max_queue: requests that wait beside those that there is room for; one more is refused.
+
+    Attributes:
+        batch_sizes: how often so many requests were encoded together.
 
     Raises:
         ConfigError: if a number is out of range, or the engine answers one at a time.
@@ -107,6 +111,7 @@ class Service:
         self.max_answers = max_answers
         self.max_wait_ms = max_wait_ms
         self.max_queue = max_queue
+        self.batch_sizes: Counter[int] = Counter()
         self._llm = llm
         self._waiting: deque[_Job] = deque()
         self._under_way: list[_Job] = []
@@ -122,6 +127,7 @@ class Service:
         pruning: Pruning | None = None,
         params: SamplingParams | None = None,
         *,
+        on_prompt: Callable[[PrunedPrompt], object] = lambda prompt: None,
         on_text: Callable[[str], object] = lambda piece: None,
     ) -> Future[Answer]:
         """Put a request into the queue, from any thread, and return its future at once.
@@ -131,13 +137,14 @@ class Service:
                 do not change.
             pruning: of its images; the defaults without.
             params: how to choose tokens; greedy without.
-            on_text: hears each piece of text, on the service's thread, as the future's callbacks are:
-                everything waits for them to return, so they must not wait for another answer.
+            on_prompt: hears what is kept of the images, before the answer begins.
+            on_text: hears each piece of text. All of these, and the future's callbacks, are called on the service's
+                thread: everything waits for them to return, so they must not wait for another answer.
 
         Returns:
             The answer to come, whose ``stage_ms`` has the time in the queue too; or what :meth:`Pipeline.encode_each`,
-            :meth:`Pipeline.answer` or ``on_text`` raise. ``cancel()`` succeeds until the answer is there, and makes
-            room for another.
+            :meth:`Pipeline.answer`, ``on_prompt`` or ``on_text`` raise. ``cancel()`` succeeds until the answer is
+            there, and makes room for another.
 
         Raises:
             QueueFullError: if as many requests are waiting as may.
@@ -151,7 +158,7 @@ class Service:
                     received=repr(value),
                     expected="submit(Request([image], question), Pruning(budget=…), SamplingParams(…))",
                 )
-        job = _Job(request, Pruning() if pruning is None else pruning, params, on_text)
+        job = _Job(request, Pruning() if pruning is None else pruning, params, on_prompt, on_text)
         with self._changed:
             if self._closing:
                 raise UsageError("the service is closed", expected="one that is open")
@@ -166,6 +173,21 @@ class Service:
             self._waiting.append(job)
             self._changed.notify()
         return job.future
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are taken."""
+        return not self._closing
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are being answered."""
+        return len(self._under_way)
 
     def close(self, *, finish: bool = True) -> None:
         """Take no more requests, and return when those that were taken are answered, or else cancelled.
@@ -244,9 +266,14 @@ class Service:
             for job in jobs:
                 self._begin([job])
             return
+        self.batch_sizes[len(jobs)] += 1
         for job, prompt in zip(jobs, prompts, strict=True):
             job.queue_ms = (now - job.arrived) * 1e3
-            job.steps = self.vlm.answering(prompt, job.params, on_text=job.on_text)
+            try:
+                job.steps = self.vlm.answering(prompt, job.params, on_text=job.on_text)
+                job.on_prompt(prompt)
+            except Exception as error:  # whatever it is, it belongs to the request, and the thread goes on
+                self._let_go(job, error)
 
     def _advance(self, job: _Job) -> None:
         """Compute the next token of an answer, and of those that wait beside it; let go of it at its end."""

@@ -40,7 +40,22 @@ ALLOWED = {
     },
     "calibration": {"onnx", "onnxruntime"},
     # torch in two modules of it, see below.
-    "runtime": {"av", "cuda", "gguf", "llama_cpp", "onnxruntime", "torch", "transformers", "vllm"},
+    "runtime": {
+        "av",
+        "cuda",
+        "fastapi",
+        "gguf",
+        "h11",
+        "llama_cpp",
+        "onnxruntime",
+        "prometheus_client",
+        "pydantic",
+        "starlette",
+        "torch",
+        "transformers",
+        "uvicorn",
+        "vllm",
+    },
 }
 
 
@@ -244,6 +259,7 @@ def test_readme_commands_exist() -> None:
         "report",
         "run",
         "chat",
+        "serve",
         "prompt",
         "dataset",
         "eval",

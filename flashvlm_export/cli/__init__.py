@@ -8,6 +8,7 @@
 - ``pack.py``     bundle → archive for a device
 - ``run.py``      images and questions → answers
 - ``chat.py``     one question after the other about the same images
+- ``serve.py``    images and questions over HTTP → answers
 - ``live.py``     a camera or a video and a standing question → an answer about each newest frame
 - ``prompt.py``   images and a question → a file for any LLM engine
 - ``report.py``   bundle against PyTorch → one page
@@ -37,13 +38,30 @@ from flashvlm_export.cli import (
     pack,
     prompt,
     report,
+    serve,
     targets,
 )
 from flashvlm_export.cli import eval as eval_
 from flashvlm_export.cli import run as run_
 from flashvlm_export.errors import FlashVLMError
 
-_VERBS = (models, targets, export, calibrate, build, pack, run_, chat, live, prompt, report, dataset, eval_, inspect)
+_VERBS = (
+    models,
+    targets,
+    export,
+    calibrate,
+    build,
+    pack,
+    run_,
+    chat,
+    serve,
+    live,
+    prompt,
+    report,
+    dataset,
+    eval_,
+    inspect,
+)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):

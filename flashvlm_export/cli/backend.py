@@ -7,18 +7,12 @@ from typing import TYPE_CHECKING
 
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.errors import UsageError
+from flashvlm_export.ort import PROVIDERS
 from flashvlm_export.selection import get_selector
 from flashvlm_export.specs import Precision
 
 if TYPE_CHECKING:
     from flashvlm_export.runtime.pipeline import Pipeline
-
-# What TensorRT does not take of a graph, ONNX Runtime gives to CUDA.
-PROVIDERS = {
-    "cpu": ["CPUExecutionProvider"],
-    "cuda": ["CUDAExecutionProvider"],
-    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider"],
-}
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

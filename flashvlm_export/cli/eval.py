@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from flashvlm_export import __version__
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import (
-    PROVIDERS,
     add_backend_arguments,
     add_llm_argument,
     pipeline_from,
@@ -22,6 +21,7 @@ from flashvlm_export.cli.backend import (
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import ConfigError, DependencyError, UsageError
 from flashvlm_export.files import atomic_write
+from flashvlm_export.ort import PROVIDERS
 from flashvlm_export.progress import Progress
 
 if TYPE_CHECKING:

@@ -234,8 +234,6 @@ def test_budget_is_refused_before_anything_runs(pipeline: Pipeline, budget: obje
 def test_requests_that_make_no_sense(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError, match="no requests"):
         pipeline.encode([])
-    with pytest.raises(UsageError, match="without images"):
-        pipeline.encode([Request([], "What is it?")])
     with pytest.raises(PromptError, match="empty"):
         pipeline.encode([Request([picture()], "")])
     with pytest.raises(PromptError, match="placeholders"):

@@ -1,0 +1,71 @@
+"""Whatever goes wrong, as OpenAI's error object; never a traceback, and nothing of this machine.
+
+The source of shape and status is OpenAI's API reference: ``{"error": {"message", "type", "param", "code"}}``, 400 for
+what the client can mend, 401 without a good key, 404 for another model, 413 and 408 for what is too large or too slow,
+503 where asking again later helps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashvlm_export.errors import (
+    BudgetError,
+    FlashVLMError,
+    ImageError,
+    LLMError,
+    QueueFullError,
+    UsageError,
+)
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: of HTTP.
+        message: for people.
+        param: field of the request that is to blame.
+        code: for machines.
+        kind: OpenAI's ``type``.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+        self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return ``error`` as a client is to see it; of one that is ours to mend, only that the log says more."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFullError):
+        return ApiError(503, _text(error), code="overloaded", kind="server_error", headers={"Retry-After": "1"})
+    if isinstance(error, ImageError):
+        return ApiError(400, _text(error), param="messages", code="invalid_image")
+    if isinstance(error, BudgetError):
+        return ApiError(400, _text(error), param="token_budget", code="invalid_value")
+    if isinstance(error, LLMError):
+        return ApiError(400, _text(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, UsageError):
+        return ApiError(400, _text(error), code="invalid_value")
+    return ApiError(500, "the server failed; its log says how", code="internal_error", kind="server_error")
+
+
+def _text(error: FlashVLMError) -> str:
+    """The message in one line, without the hint, which is for the command line."""
+    parts = [("received", error.received), ("expected", error.expected)]
+    named = "; ".join(f"{name}: {value}" for name, value in parts if value is not None)
+    return f"{error.what} ({named})" if named else error.what

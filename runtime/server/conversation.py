@@ -1,0 +1,196 @@
+"""From OpenAI's messages to what a pipeline is asked, with everything checked that a client can get wrong.
+
+All of it is done before a request joins the others: what is refused here costs them nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashvlm_export.runtime.graph_inputs import GraphInputs
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.request import Exchange, Pruning, Request, tokenized
+from flashvlm_export.runtime.server.api_errors import ApiError
+from flashvlm_export.runtime.server.pictures import PictureReader
+from flashvlm_export.runtime.server.schema import ChatRequest, ImagePart, Message, TextPart
+from flashvlm_export.runtime.server.settings import ServerSettings
+from flashvlm_export.specs import check_budget
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What clients are told of the model.
+
+    Attributes:
+        inputs: of the bundle.
+        name: what they call it.
+        visual_tokens: of an image without pruning, at most.
+        default_budget: visual tokens that are kept where nothing is said.
+        selectors: that may be asked for, the first of which is the default; empty for the fused graph.
+    """
+
+    inputs: GraphInputs
+    name: str
+    visual_tokens: int
+    default_budget: int
+    selectors: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client asks.
+
+    Attributes:
+        request: with pictures as bytes, each of which can be decoded.
+        views: left, top, right and bottom of what the encoder sees of each picture, in fractions of it, upright.
+    """
+
+    request: Request
+    pruning: Pruning
+    params: SamplingParams
+    views: list[Box]
+
+
+class Intake:
+    """Turns bodies into :class:`Asked`; blocking, for a thread of its own. Thread-safe.
+
+    Args:
+        model: that is asked.
+        settings: for limits, and what a request gets that does not say.
+    """
+
+    def __init__(self, model: Model, settings: ServerSettings) -> None:
+        assert model.inputs.prompts is not None  # a pipeline refuses such bundles
+        self._prompts = model.inputs.prompts
+        self._longest_token = max(map(len, self._prompts.tokenizer.get_vocab()))
+        self.model, self.settings = model, settings
+        self.pictures = PictureReader(
+            settings.image_hosts,
+            limit_pixels=int(settings.max_megapixels * 1e6),
+            limit_bytes=settings.max_body_mib << 20,
+            seconds=settings.slow_seconds,
+        )
+
+    def asked(self, body: ChatRequest) -> Asked:
+        """Return what ``body`` asks.
+
+        Raises:
+            ApiError, FlashVLMError: if it cannot be answered.
+        """
+        if body.model != self.model.name:
+            raise ApiError(
+                404,
+                f"there is no model {body.model!r} here, only {self.model.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+        params, pruning = self._params(body), self._pruning(body)
+        system, turns = _turns(body.messages)
+        self._check_sizes(body.messages)
+        views: list[Box] = []
+        exchanges = [(self._images(question, views), _text(question), answer) for question, answer in turns]
+        images, question, _ = exchanges[-1]
+        history = [Exchange(shown, text, said or "") for shown, text, said in exchanges[:-1]]
+        request = Request(images, question, system, history=history)
+        self._check_length(request)
+        return Asked(request, pruning, params, views)
+
+    def _params(self, body: ChatRequest) -> SamplingParams:
+        if None not in (body.max_tokens, body.max_completion_tokens):
+            raise ApiError(
+                400, "max_tokens is the old name of max_completion_tokens: give one of them", param="max_tokens"
+            )
+        count = body.max_completion_tokens or body.max_tokens or self.settings.answer_tokens
+        if count > self.settings.max_answer_tokens:
+            raise ApiError(
+                400,
+                f"an answer has at most {self.settings.max_answer_tokens} tokens here, not {count}",
+                param="max_completion_tokens",
+                code="invalid_value",
+            )
+        stop = [body.stop] if isinstance(body.stop, str) else body.stop
+        if len(stop) > 4:
+            raise ApiError(400, f"at most 4 texts end an answer, not {len(stop)}", param="stop", code="invalid_value")
+        return SamplingParams(count, body.temperature, body.top_k, body.top_p, body.seed, tuple(stop))
+
+    def _pruning(self, body: ChatRequest) -> Pruning:
+        asked_for = self.model.visual_tokens if body.token_budget == "full" else body.token_budget
+        if asked_for is not None:
+            check_budget(asked_for, self.model.visual_tokens)
+        budget = self.settings.token_budget if asked_for is None else asked_for
+        if body.selector is not None and body.selector not in self.model.selectors:
+            those = f", only {', '.join(self.model.selectors)}" if self.model.selectors else ": the graph has its own"
+            message = f"there is no selector {body.selector!r} here{those}"
+            raise ApiError(400, message, param="selector", code="invalid_value")
+        span, positions = body.text_span or self.settings.text_span, body.positions or self.settings.positions
+        return Pruning(budget, span, positions, body.selector)
+
+    def _check_sizes(self, messages: Sequence[Message]) -> None:
+        """Refuse more than may be, before any of it is decoded or tokenised."""
+        images = sum(isinstance(part, ImagePart) for each in messages for part in _parts(each))
+        if images > self.settings.max_images:
+            raise ApiError(
+                400,
+                f"a conversation has at most {self.settings.max_images} images here, not {images}",
+                param="messages",
+                code="too_many_images",
+            )
+        length = sum(len(part.text) for each in messages for part in _parts(each) if isinstance(part, TextPart))
+        if length > self.settings.max_prompt_tokens * self._longest_token:
+            raise self._too_long(f"{length} characters")
+
+    def _check_length(self, request: Request) -> None:
+        prompt = tokenized(request, self._prompts)
+        count = len(prompt.token_ids) - len(prompt.image_positions)
+        if count > self.settings.max_prompt_tokens:
+            raise self._too_long(f"{count} tokens of text")
+
+    def _too_long(self, received: str) -> ApiError:
+        return ApiError(
+            400,
+            f"a prompt has at most {self.settings.max_prompt_tokens} tokens of text here, not {received}",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+    def _images(self, message: Message, views: list[Box]) -> list[bytes]:
+        urls = [part.image_url.url for part in _parts(message) if isinstance(part, ImagePart)]
+        images = []
+        for url in urls:
+            content, size = self.pictures.read(url)
+            images.append(content)
+            views.append(self.model.inputs.preprocess.view_box(size))
+        return images
+
+
+def _turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[Message, str | None]]]:
+    """Return the system text and each question with its answer; the last has none."""
+    system = None
+    if messages[0].role in ("system", "developer"):
+        system, messages = _text(messages[0]), messages[1:]
+    roles = [message.role for message in messages]
+    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+        raise ApiError(
+            400,
+            "messages alternate between user and assistant, behind at most one of the system, and end with the user's; "
+            f"received {', '.join(roles[:20]) or 'none'}",
+            param="messages",
+            code="invalid_value",
+        )
+    for message in messages[1::2]:
+        if any(isinstance(part, ImagePart) for part in _parts(message)):
+            raise ApiError(400, "only the user shows images", param="messages", code="invalid_value")
+    answers = [*map(_text, messages[1::2]), None]
+    return system, list(zip(messages[::2], answers, strict=True))
+
+
+def _parts(message: Message) -> Sequence[TextPart | ImagePart]:
+    return [TextPart(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+
+
+def _text(message: Message) -> str:
+    """The words of a message; the chat template puts its images before them, wherever they stood."""
+    return "\n".join(part.text for part in _parts(message) if isinstance(part, TextPart))

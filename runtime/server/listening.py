@@ -1,0 +1,209 @@
+"""From settings to a server; SIGINT and SIGTERM let what runs finish, and refuse what is new."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.errors import ConfigError
+from flashvlm_export.ort import PROVIDERS
+from flashvlm_export.runtime.pipeline import Pipeline
+from flashvlm_export.runtime.server.answering import ServiceAnswerer
+from flashvlm_export.runtime.server.app import build_app
+from flashvlm_export.runtime.server.conversation import Model
+from flashvlm_export.runtime.server.settings import ServerSettings
+from flashvlm_export.runtime.service import Service
+from flashvlm_export.runtime.sessions.split import SplitSession
+
+# Answers under way at once, where the engine batches and nothing is said.
+_MAX_ANSWERS = 8
+_MOST_HEADER_BYTES = 32 << 10
+
+
+def serve(settings: ServerSettings, *, on_ready: Callable[[str], object] = lambda address: None) -> None:
+    """Answer until a signal comes; a second one leaves what runs unfinished.
+
+    Args:
+        settings: of everything.
+        on_ready: hears the address once clients can connect.
+
+    Raises:
+        FlashVLMError: if the address is taken, or the model cannot be opened.
+    """
+    keys = read_keys(settings)
+    with bound_socket(settings.host, settings.port) as listener, opened(settings) as (vlm, service):
+        app = build_app(describe(vlm, settings), ServiceAnswerer(service), settings, keys)
+        host, port = listener.getsockname()[:2]
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        with suppress(KeyboardInterrupt):  # how the command hears of the signal that uvicorn has obeyed
+            server_of(app, settings, lambda: on_ready(address)).run(sockets=[listener])
+        service.close(finish=False)  # what uvicorn did not wait for, nobody reads
+
+
+def server_of(app: FastAPI, settings: ServerSettings, on_ready: Callable[[], object] = lambda: None) -> uvicorn.Server:
+    """Return what serves ``app`` at a bound socket, until a signal comes or its ``should_exit`` is set."""
+    config = uvicorn.Config(
+        app,
+        http=_protocol(settings.slow_seconds),
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+        timeout_keep_alive=math.ceil(settings.slow_seconds),
+        timeout_graceful_shutdown=math.ceil(settings.max_seconds),
+    )
+    return _Server(config, on_ready)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], object]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_ready()
+
+
+def _protocol(seconds: float) -> type[H11Protocol]:
+    """Return uvicorn's protocol, which leaves a client that does not finish a request's head after ``seconds``."""
+
+    class TimedHead(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop()
+
+        def _watch(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._stop()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(seconds, self.transport.abort)
+
+        def _stop(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return TimedHead
+
+
+@contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """Hold an address, at which nobody can connect yet.
+
+    Raises:
+        ConfigError: if it is taken, or none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _not_here(host, port, error) from None
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(where)
+        except OSError as error:
+            raise _not_here(host, port, error) from None
+        yield listener
+
+
+def _not_here(host: str, port: int, error: OSError) -> ConfigError:
+    return ConfigError(
+        "the server cannot listen at this address",
+        received=f"{host} port {port}: {error.strerror or error}",
+        hint="another --port, or 0 for a free one; --host 127.0.0.1 is always there",
+    )
+
+
+@contextmanager
+def opened(settings: ServerSettings) -> Iterator[tuple[Pipeline, Service]]:
+    """Open the pipeline that the settings ask for, and a service for it."""
+    vlm = pipeline_of(settings)
+    assert vlm.llm is not None  # settings.llm always names one
+    if (settings.positions or vlm.bundle.manifest.default_positions) == "original":
+        vlm.llm.require_gaps()
+    most = settings.max_answers or (_MAX_ANSWERS if vlm.llm.capabilities.batch else 1)
+    with (
+        vlm,
+        Service(vlm, max_answers=most, max_wait_ms=settings.max_wait_ms, max_queue=settings.max_queue) as service,
+    ):
+        yield vlm, service
+
+
+def pipeline_of(settings: ServerSettings, *, with_llm: bool = True) -> Pipeline:
+    """Return the pipeline that the settings ask for, not opened yet."""
+    bundle = Bundle.open(settings.bundle)
+    return Pipeline.open(
+        bundle,
+        precision=settings.precision,
+        engine=settings.engine,
+        cuda_graphs=settings.cuda_graphs,
+        selectors=_selectors(settings, bundle),
+        cache_bytes=settings.cache_mib << 20,
+        providers=PROVIDERS[settings.provider],
+        threads=settings.threads,
+        llm=settings.llm if with_llm else None,
+    )
+
+
+def _selectors(settings: ServerSettings, bundle: Bundle) -> Sequence[str] | None:
+    if settings.selectors is not None:
+        return settings.selectors
+    first = next(iter(bundle.manifest.graphs))
+    precision: str = settings.precision or first
+    if settings.engine is not None or precision not in bundle.manifest.split:
+        return None
+    return list(bundle.manifest.split[precision].selectors)
+
+
+def describe(vlm: Pipeline, settings: ServerSettings) -> Model:
+    """Return what clients are told of a pipeline."""
+    selectors = vlm.session.selectors if isinstance(vlm.session, SplitSession) else ()
+    name = settings.name or vlm.bundle.manifest.source.model
+    return Model(vlm.inputs, name, vlm.visual_tokens, vlm.default_budget, selectors)
+
+
+def read_keys(settings: ServerSettings) -> list[str]:
+    """Return the keys of the settings' file, none without one.
+
+    Raises:
+        ConfigError: if the file cannot be read, or has no key.
+    """
+    file: Path | None = settings.api_keys
+    if file is None:
+        return []
+    try:
+        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "the API keys cannot be read", received=f"{file}: {error}", expected="one key a line"
+        ) from None
+    if not keys:
+        raise ConfigError("there is no API key", received=f"{file}: no line with text", expected="one key a line")
+    return keys

@@ -1,0 +1,152 @@
+"""From ``image_url`` to the bytes of a picture that is safe to decode.
+
+A picture comes inside the request, as a data URI. Hosts on the list may be fetched from, at public addresses only and
+without a redirect: a client must not be able to send this machine to its own network (server-side request forgery).
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Callable, Collection
+from urllib.parse import SplitResult, urlsplit
+
+from flashvlm_export.errors import ImageError
+from flashvlm_export.runtime.images import data_url_bytes, load_image
+
+#: What OpenAI's API takes; Pillow reads many more formats, each of which is a decoder that strangers could feed.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+
+_PIECE = 1 << 16
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def is_public(address: Address) -> bool:
+    """Whether ``address`` is one of the internet's, and no machine of ours."""
+    mapped = getattr(address, "ipv4_mapped", None)
+    return is_public(mapped) if mapped is not None else address.is_global and not address.is_multicast
+
+
+class PictureReader:
+    """Reads pictures; blocking, for a thread of its own.
+
+    Args:
+        hosts: that may be fetched from, exact names.
+        limit_pixels: width x height, looked at before anything is decoded.
+        limit_bytes: of a file that is fetched.
+        seconds: for all of a fetch.
+        may_reach: whether an address may be connected to.
+    """
+
+    def __init__(
+        self,
+        hosts: Collection[str],
+        *,
+        limit_pixels: int,
+        limit_bytes: int,
+        seconds: float,
+        may_reach: Callable[[Address], bool] = is_public,
+    ) -> None:
+        self.hosts = frozenset(host.lower() for host in hosts)
+        self.limit_pixels, self.limit_bytes, self.seconds = limit_pixels, limit_bytes, seconds
+        self._may_reach = may_reach
+
+    def read(self, url: str) -> tuple[bytes, tuple[int, int]]:
+        """Return the encoded picture at ``url``, which was decoded once to know that it can be, and its upright size.
+
+        Raises:
+            ImageError: if it is not to be read, or not a whole picture of an allowed format and size.
+        """
+        content = data_url_bytes(url) if url.startswith("data:") else self._fetch(url)
+        return content, load_image(content, limit_pixels=self.limit_pixels, formats=FORMATS).size
+
+    def _fetch(self, url: str) -> bytes:
+        shown = url[:200]
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ImageError("this is not the address of a picture", received=f"{shown}: {error}") from None
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ImageError(
+                "a picture comes inside the request",
+                received=f"{shown[:40]}...",
+                expected="data:image/png;base64,... or another type of image",
+            )
+        if parts.hostname not in self.hosts or parts.username is not None:
+            raise ImageError(
+                "pictures are not fetched from this host",
+                received=shown,
+                expected="a picture inside the request, as data:image/png;base64,..."
+                + (f", or from {', '.join(sorted(self.hosts))}" if self.hosts else ""),
+            )
+        port = port or (443 if parts.scheme == "https" else 80)
+        deadline = time.monotonic() + self.seconds
+        try:
+            return self._get(parts, port, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            raise ImageError(
+                "the picture cannot be fetched", received=f"{shown}: {error or type(error).__name__}"
+            ) from None
+
+    def _get(self, parts: SplitResult, port: int, deadline: float) -> bytes:
+        assert parts.hostname is not None  # it is on the list
+        # Connected to the very address that was looked at: a second look-up could have another result.
+        address = self._address(parts.hostname, port)
+        connection = _Pinned(parts.hostname, port, address, parts.scheme == "https", _left(deadline))
+        try:
+            target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+            connection.request("GET", target, headers={"Accept": "image/*"})
+            stream = connection.sock  # the response takes it over
+            response = connection.getresponse()
+            if response.status != 200:
+                raise ImageError(
+                    "the picture cannot be fetched",
+                    received=f"{parts.hostname} says {response.status}",
+                    expected="200; a redirect is not followed",
+                )
+            content = bytearray()
+            while len(content) <= self.limit_bytes:
+                stream.settimeout(_left(deadline))
+                piece = response.read1(_PIECE)
+                if not piece:
+                    return bytes(content)
+                content += piece
+            raise ImageError(
+                "the picture is too large", received=f"more than {self.limit_bytes} bytes from {parts.hostname}"
+            )
+        finally:
+            connection.close()
+
+    def _address(self, host: str, port: int) -> str:
+        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        for address in found:
+            if not self._may_reach(ipaddress.ip_address(str(address).partition("%")[0])):
+                raise ImageError(
+                    "pictures are fetched from public addresses only", received=f"{host} is at a private one"
+                )
+        return str(min(found))
+
+
+class _Pinned(http.client.HTTPConnection):
+    """A connection to ``host`` at an ``address`` that is already known."""
+
+    def __init__(self, host: str, port: int, address: str, encrypted: bool, seconds: float) -> None:
+        super().__init__(host, port, timeout=seconds)
+        self._at, self._encrypted = address, encrypted
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self._at, self.port), self.timeout)
+        if self._encrypted:
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("it takes too long")
+    return left
