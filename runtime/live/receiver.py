@@ -76,7 +76,7 @@ class Receiver:
                     for frame in frames:
                         if failures:
                             self.reconnects += 1
-                            self._on_event(f"{self.source.name}: connected again")
+                            self._on_event(f"connected again: {self.source.name}")
                             failures = 0
                         self._take(frame)
                         if self._stop.is_set():
@@ -87,8 +87,7 @@ class Receiver:
                     raise
                 failures = 1 if self.newest.number > came else failures + 1
                 pause_s = self._pauses_s[min(failures, len(self._pauses_s)) - 1]
-                reason = error.what if error.received is None else f"{error.what} ({error.received})"
-                self._on_event(f"{self.source.name}: {reason}; trying again in {pause_s:g} s")
+                self._on_event(f"{error.what}: {error.received}; trying again in {pause_s:g} s")
                 self._stop.wait(pause_s)
 
     def _take(self, frame: Frame) -> None:

@@ -166,10 +166,10 @@ def http_camera(*parts: bytes, silent: bool = False) -> Iterator[tuple[str, list
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Two transport streams: five frames of level 60, and five of level 120."""
+    """Two streams: five frames of level 60, and five of level 120."""
     folder = tmp_path_factory.mktemp("parts")
     return [
-        write_video(folder / f"{shade}.ts", [flat(shade)] * 5, [n / 10 for n in range(5)], "h264").read_bytes()
+        write_video(folder / f"{shade}.mkv", [flat(shade)] * 5, [n / 10 for n in range(5)], "mjpeg").read_bytes()
         for shade in (60, 120)
     ]
 
@@ -186,13 +186,14 @@ def test_a_stream_that_breaks_off_is_opened_again(parts: list[bytes]) -> None:
             assert receiver.newest.wait(9, SOON_S) is not None
     assert levels == [60] * 5 + [120] * 5
     assert receiver.reconnects == 1
-    assert heard[0] == f"{source.name}: the stream ended ({source.name}); trying again in 0.01 s"
-    assert heard[1] == f"{source.name}: connected again"
+    assert heard[0].startswith(("the stream ended", "the source broke off"))
+    assert heard[0].endswith("trying again in 0.01 s")
+    assert heard[1] == f"connected again: {source.name}"
 
 
 def test_a_stream_that_falls_silent_is_given_up(parts: list[bytes]) -> None:
     with http_camera(parts[0], silent=True) as (address, _):
-        source = Stream("camera", address, "mpegts", {}, "", silence_s=0.3)
+        source = Stream("camera", address, "matroska", {}, "", silence_s=0.3)
         got: list[Frame] = []
         with pytest.raises(VideoError, match=r"broke off|cannot be opened") as caught:
             got.extend(source.frames(threading.Event()))

@@ -249,8 +249,8 @@ def test_a_live_source_that_breaks_off_comes_back() -> None:
     assert receiver.newest.number == 6
     assert receiver.reconnects == 2
     assert receiver.error is None
-    pulled = "script: the cable was pulled (plug in hand); trying again in 0.00"
-    back = "script: connected again"
+    pulled = "the cable was pulled: plug in hand; trying again in 0.00"
+    back = "connected again: script"
     assert heard == [pulled + "1 s", pulled + "2 s", pulled + "2 s", back, pulled + "1 s", back]
 
 
