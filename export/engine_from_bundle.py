@@ -6,7 +6,7 @@ import platform
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from flashvlm_export.engines import (
     write_entry,
 )
 from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError
+from flashvlm_export.export.budget_shape import graph_with_budget_shape, spec_with_budget_shape
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
 from flashvlm_export.gpu import Gpu, gpu_at_hand
@@ -52,6 +53,7 @@ class EngineSettings:
         profiles: texts for :func:`flashvlm_export.profiles.resolve_profiles`.
         build: passed to the builder.
         timing_cache: file to read and to write back; ``None`` for none.
+        for_triton: make the budget the width of an input, so that Triton can batch; TensorRT only.
         overwrite: replace an engine for the same target and precision.
     """
 
@@ -62,6 +64,7 @@ class EngineSettings:
     profiles: Sequence[str] = ()
     build: BuildSettings = field(default_factory=BuildSettings)
     timing_cache: Path | None = None
+    for_triton: bool = False
     overwrite: bool = False
 
 
@@ -81,6 +84,8 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
             expected=f"1 to {_MOST_WORKSPACE_BYTES / 1e6:.0f} MB",
             hint="leave --workspace-mb out to allow all of the GPU's memory",
         )
+    if settings.for_triton:
+        settings = _for_triton(settings)
     bundle = Bundle.open(settings.bundle)
     gpu = gpu_at_hand()
     target = resolve_target(settings.target, gpu)
@@ -88,7 +93,7 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
     graph = bundle.graph_file(settings.precision)
     spec = bundle.manifest.graphs[settings.precision.value].spec
     profiles = resolve_profiles(spec, settings.profiles)
-    file = engine_file(bundle, target.name, settings.precision)
+    file = engine_file(bundle, target.name, settings.precision, for_triton=settings.for_triton)
     weights_bytes = sum(entry.size_bytes for entry in bundle.graph_files(settings.precision).values())
     _print_settings(settings, target, backend, profiles, weights_bytes, progress)
     if settings.target is None and gpu is None:
@@ -105,6 +110,9 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
         require_free_space(file, weights_bytes * len(target.compute_capabilities))
         # An engine of a damaged graph would be damaged for good.
         graph_sha256 = bundle.graph_sha256(settings.precision, verify=True)
+        instead = None
+        if settings.for_triton:
+            spec, instead = spec_with_budget_shape(spec), graph_with_budget_shape(graph).SerializeToString()
         progress.step(f"building with {backend}")
         start = time.perf_counter()
         with storage_errors(file):
@@ -119,6 +127,7 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
                         backend,
                         output,
                         profiles=profiles,
+                        instead=instead,
                         capabilities=target.compute_capabilities,
                         settings=settings.build,
                         timing_cache=_read_cache(settings.timing_cache),
@@ -144,6 +153,7 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
             build_s=round(build_s, 1),
             peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             census=built.census,
+            for_triton=settings.for_triton,
         )
         write_entry(file, entry)
     if settings.timing_cache is not None and built.timing_cache is not None:
@@ -151,6 +161,15 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
             temporary.write_bytes(built.timing_cache)
     progress.step(f"engine written: {file}")
     return Engine(file, entry)
+
+
+def _for_triton(settings: EngineSettings) -> EngineSettings:
+    """Return the settings with TensorRT as backend; raise :class:`ConfigError` for what Triton cannot serve."""
+    if settings.backend == "tensorrt-rtx":
+        raise ConfigError("Triton has no backend for TensorRT-RTX", expected="--backend tensorrt with --for-triton")
+    if settings.build.strip_weights:
+        raise ConfigError("Triton does not put weights back into an engine", expected="no --strip-weights")
+    return replace(settings, backend="tensorrt")
 
 
 def resolve_target(name: str | None, gpu: Gpu | None) -> Target:

@@ -47,6 +47,7 @@ def engine_from_onnx(
     output: BinaryIO,
     *,
     profiles: Sequence[Profile],
+    instead: bytes | None = None,
     capabilities: Sequence[Capability] = (),
     settings: BuildSettings | None = None,
     timing_cache: bytes | None = None,
@@ -60,6 +61,7 @@ def engine_from_onnx(
         backend: library that builds.
         output: where the engine goes, piece by piece.
         profiles: one or more; each names the range of every dynamic dimension.
+        instead: a serialised graph in the place of the file's, on the file's weights.
         capabilities: GPUs to compile for, with TensorRT-RTX.
         settings: how to build.
         timing_cache: of an earlier build with the same library version and GPU.
@@ -78,7 +80,7 @@ def engine_from_onnx(
     if builder is None:
         raise ExportError(f"{backend} found no GPU that it can build for", received="; ".join(log.errors))
     network = tensorrt_api.create_network(trt, builder)
-    parser = tensorrt_api.parse(trt, network, file, log, backend)
+    parser = tensorrt_api.parse(trt, network, file, log, backend, instead=instead)
     config = builder.create_builder_config()
     for ranges in profiles:
         config.add_optimization_profile(_profile(builder.create_optimization_profile(), spec, ranges))

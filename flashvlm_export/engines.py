@@ -1,4 +1,6 @@
-"""Engines of a bundle: ``engines/<target>.<precision>.engine`` and the sidecar that says what each was built from.
+"""Engines of a bundle and their sidecars, which say what each was built from.
+
+``engines/<target>.<precision>.engine`` is for the runtime, ``….triton.engine`` for Triton.
 
 The sidecar is written last and carries the engine's hash, so that an engine that is half-written, edited, or built from
 another graph is known before anything loads it.
@@ -59,6 +61,7 @@ class EngineEntry:
         build_s: seconds the build took.
         peak_memory_bytes: largest resident memory of the building process.
         census: outputs of layers by type and dtype, such as ``{"MATRIX_MULTIPLY INT8": 140}``.
+        for_triton: the budget is the width of its input ``keep``, so that Triton can batch; the runtime runs none.
     """
 
     schema_version: int
@@ -75,6 +78,7 @@ class EngineEntry:
     build_s: float
     peak_memory_bytes: int
     census: dict[str, int]
+    for_triton: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,26 +89,32 @@ class Engine:
     entry: EngineEntry
 
 
-def engine_file(bundle: Bundle, target: str, precision: Precision) -> Path:
+def engine_file(bundle: Bundle, target: str, precision: Precision, *, for_triton: bool = False) -> Path:
     """Return where the engine for ``target`` belongs."""
-    return bundle.path / ENGINES / f"{target}.{precision.value}.engine"
+    return bundle.path / ENGINES / f"{target}.{precision.value}{'.triton' if for_triton else ''}.engine"
 
 
-def list_engines(bundle: Bundle) -> list[Engine]:
-    """Return the engines that have a sidecar, by name; files without one are leftovers of a killed build."""
+def list_engines(bundle: Bundle, *, for_triton: bool = False) -> list[Engine]:
+    """Return the runtime's engines, or those for Triton, by name.
+
+    Only those that have a sidecar: files without one are leftovers of a killed build.
+    """
     sidecars = sorted((bundle.path / ENGINES).glob("*.engine.json"))
-    return [Engine(file.with_suffix(""), _read_entry(file)) for file in sidecars]
+    engines = [Engine(file.with_suffix(""), _read_entry(file)) for file in sidecars]
+    return [engine for engine in engines if engine.entry.for_triton == for_triton]
 
 
-def find_engine(bundle: Bundle, precision: Precision | None = None, target: str | None = None) -> Engine:
-    """Return the one engine of ``bundle`` that fits; what is ``None`` may be anything.
+def find_engine(
+    bundle: Bundle, precision: Precision | None = None, target: str | None = None, *, for_triton: bool = False
+) -> Engine:
+    """Return the one engine of ``bundle`` that fits, for the runtime or for Triton; what is ``None`` may be anything.
 
     Without ``target``, one that has code for the GPU at hand goes before those that have none.
 
     Raises:
         BundleError: if there is none or more than one, with the command that builds or chooses.
     """
-    engines = list_engines(bundle)
+    engines = list_engines(bundle, for_triton=for_triton)
     fitting = [
         engine
         for engine in engines
@@ -116,14 +126,14 @@ def find_engine(bundle: Bundle, precision: Precision | None = None, target: str 
     if len(fitting) == 1:
         return fitting[0]
     raise BundleError(
-        "the bundle has no such engine" if not fitting else "several engines fit",
+        f"the bundle has no such engine{' for Triton' if for_triton else ''}" if not fitting else "several engines fit",
         received=", ".join(f"{e.entry.target} {e.entry.precision} ({e.entry.backend})" for e in fitting or engines)
-        or f"{bundle.path} without engines",
+        or f"{bundle.path} without engines{' for Triton' if for_triton else ''}",
         expected=f"one engine{f' in {precision.value}' if precision else ''}{f' for {target}' if target else ''}",
         hint=f"name target and precision, such as --engine {fitting[0].entry.target} "
         f"--precision {fitting[0].entry.precision}"
         if fitting
-        else build_command(bundle, precision.value if precision else "fp16", target),
+        else build_command(bundle, precision.value if precision else "fp16", target, for_triton=for_triton),
     )
 
 
@@ -133,7 +143,7 @@ def check_engine(bundle: Bundle, engine: Engine, *, verify: bool = True) -> None
     Without ``verify`` the file's size stands for its content.
     """
     entry = engine.entry
-    command = build_command(bundle, entry.precision, entry.target) + " --overwrite"
+    command = build_command(bundle, entry.precision, entry.target, for_triton=entry.for_triton) + " --overwrite"
     if not engine.file.is_file():
         raise BundleError("the engine file is missing", received=engine.file, hint=command)
     size = engine.file.stat().st_size
@@ -163,10 +173,10 @@ def sidecar_of(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
-def build_command(bundle: Bundle, precision: str, target: str | None = None) -> str:
+def build_command(bundle: Bundle, precision: str, target: str | None = None, *, for_triton: bool = False) -> str:
     """Return the command that builds an engine; for a GPU that is not in the table, on the machine that has it."""
     named = f" --target {target}" if target in TARGETS else ""
-    return f"flashvlm build {bundle.path} --precision {precision}{named}"
+    return f"flashvlm build {bundle.path} --precision {precision}{named}{' --for-triton' if for_triton else ''}"
 
 
 def _read_entry(file: Path) -> EngineEntry:

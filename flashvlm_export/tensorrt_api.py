@@ -168,14 +168,16 @@ def build(trt: Any, builder: Any, network: Any, config: Any, output: BinaryIO) -
     return is_built
 
 
-def parse(trt: Any, network: Any, file: Path, logger: Any, backend: Backend) -> Any:
+def parse(trt: Any, network: Any, file: Path, logger: Any, backend: Backend, *, instead: bytes | None = None) -> Any:
     """Parse an ONNX file into ``network`` and return the parser, which owns the weights.
+
+    ``instead`` is a serialised graph to parse in the place of the file's; its weights lie where the file's do.
 
     Raises:
         ExportError: with the parser's messages.
     """
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(file)):
+    if not (parser.parse_from_file(str(file)) if instead is None else parser.parse(instead, str(file))):
         messages = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         raise ExportError(f"{backend} cannot parse {file.name}", received="; ".join(messages))
     return parser

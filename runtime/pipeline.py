@@ -478,7 +478,7 @@ class Pipeline:
         *,
         stop_token_ids: Collection[int] | None = None,
     ) -> Generator[tuple[int | None, str], None, None]:
-        """Check everything now, and yield ``(token id, text that it completes)``, at last ``(None, what was held back)``.
+        """Check all now; yield ``(token id, text that it completes)``, and at last ``(None, what was held back)``.
 
         Behind a stop text nothing is yielded, but the tokens of that text are.
 

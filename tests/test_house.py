@@ -41,6 +41,7 @@ ALLOWED = {
     "calibration": {"onnx", "onnxruntime"},
     # torch in two modules of it, see below.
     "runtime": {
+        "anyio",
         "av",
         "cuda",
         "fastapi",
@@ -255,6 +256,7 @@ def test_readme_commands_exist() -> None:
         "calibrate",
         "build",
         "pack",
+        "export-triton",
         "inspect",
         "report",
         "run",

@@ -6,6 +6,7 @@
 - ``targets.py``  what engines are built for
 - ``build.py``    bundle → engine
 - ``pack.py``     bundle → archive for a device
+- ``export_triton.py`` bundle → model repository of Triton Inference Server
 - ``run.py``      images and questions → answers
 - ``chat.py``     one question after the other about the same images
 - ``serve.py``    images and questions over HTTP → answers
@@ -32,6 +33,7 @@ from flashvlm_export.cli import (
     chat,
     dataset,
     export,
+    export_triton,
     inspect,
     live,
     models,
@@ -52,6 +54,7 @@ _VERBS = (
     calibrate,
     build,
     pack,
+    export_triton,
     run_,
     chat,
     serve,
@@ -83,7 +86,10 @@ def build_parser() -> argparse.ArgumentParser:
     for module in _VERBS:
         summary = (module.__doc__ or "").partition("\n")[0].partition(": ")[2]
         verb = verbs.add_parser(
-            module.__name__.rpartition(".")[2], help=summary, description=summary, formatter_class=_Formatter
+            module.__name__.rpartition(".")[2].replace("_", "-"),
+            help=summary,
+            description=summary,
+            formatter_class=_Formatter,
         )
         module.add_arguments(verb)
         verb.add_argument(

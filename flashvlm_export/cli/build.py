@@ -51,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pack", action="store_true", help="where only the device itself can build: write the archive for it instead"
     )
+    parser.add_argument(
+        "--for-triton", action="store_true", help="an engine for flashvlm export-triton --engine: TensorRT only"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an engine of this target and precision")
 
 
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
             strip_weights=args.strip_weights,
         ),
         timing_cache=args.timing_cache,
+        for_triton=args.for_triton,
         overwrite=args.overwrite,
     )
     engine = engine_from_bundle(settings, Progress.on_stderr())

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Open the bundle and print its manifest."""
     bundle = Bundle.open(args.bundle, verify=args.verify)
-    manifest, engines = bundle.manifest, list_engines(bundle)
+    manifest, engines = bundle.manifest, [*list_engines(bundle), *list_engines(bundle, for_triton=True)]
     for engine in engines:
         check_engine(bundle, engine, verify=args.verify)
     if args.json:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import deque
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,11 @@ from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument,
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.cli.run import add_sampling_arguments, budget_from, sampling_from
 from flashvlm_export.cli.video import BUDGET_HELP, DIVISION_HELP, DIVISIONS
+from flashvlm_export.errors import DependencyError, UsageError, install_hint
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from flashvlm_export.runtime.live.watch import Report, Seen, Statistics
 
 # Answers that --json tells of: the newest ones of a run that may last for months.
@@ -66,6 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="frames per second to ask a camera for (default: its own; csi: 30), or to show a picture at (default: 5)",
     )
     parser.add_argument("--loop", action="store_true", help="begin a video file again at its end")
+    parser.add_argument("--port", metavar="N", type=int, help="show it in the browser at this port; 0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; others than loopback are open to all")
+    parser.add_argument(
+        "--hosts",
+        metavar="NAMES",
+        help="names by which browsers may call the page, with commas (default: any, but only localhost's on loopback)",
+    )
+    parser.add_argument("--api-keys", metavar="FILE", type=Path, help="file with one key a line, which viewers need")
     add_backend_arguments(parser)
     add_llm_argument(parser)
     add_sampling_arguments(parser)
@@ -93,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         answers=args.answers,
         seconds=args.seconds,
     )
+    showing, put = _page(args)
     say = talk(args.json)
     told: deque[dict[str, Any]] = deque(maxlen=_TOLD)
 
@@ -100,14 +113,20 @@ def run(args: argparse.Namespace) -> None:
         say(f"{seen.captured_s:8.1f} s  {' '.join(seen.answer.text.split())}  ({seen.latency_ms:.0f} ms)")
         if args.json:
             told.append(_answer(seen))
-        if output is not None:
-            output.add(draw_seen(seen, args.prompt), seen.captured_s + seen.latency_ms / 1e3)
+        if output is not None or args.port is not None:
+            picture = draw_seen(seen, args.prompt)
+            put(seen, picture)
+            if output is not None:
+                output.add(picture, seen.captured_s + seen.latency_ms / 1e3)
         interrupts.check()  # one that came where Python could not raise it
 
     with ExitStack() as stack:
         vlm = stack.enter_context(pipeline_from(args, bundle))
         if output is not None:
             stack.enter_context(output)
+        address = stack.enter_context(showing)
+        if address is not None:
+            say(f"watch at {address}/live")
         say(f"{source.name}: {args.prompt}  (Ctrl-C ends)")
         report = watch(vlm, source, standing, on_seen=on_seen, on_event=lambda text: print(text, file=sys.stderr))
     interrupts.settle()
@@ -122,6 +141,38 @@ def run(args: argparse.Namespace) -> None:
         raise report.error
 
 
+def _page(
+    args: argparse.Namespace,
+) -> tuple[AbstractContextManager[str | None], Callable[[Seen, Image.Image], object]]:
+    """Return what serves the live page and yields its address, and what puts an answered frame there."""
+    if args.port is None:
+        given = [f"--{name.replace('_', '-')}" for name in ("hosts", "api_keys") if getattr(args, name) is not None]
+        if given:
+            raise UsageError("there is no page", received=", ".join(given), expected="--port too")
+        return nullcontext(), lambda seen, picture: None
+    try:
+        from flashvlm_export.runtime.server.live import Shown, showing
+    except ImportError as error:
+        raise DependencyError(
+            "the page needs FastAPI, uvicorn and prometheus-client", received=str(error), hint=install_hint("serve")
+        ) from error
+    from flashvlm_export.runtime.live.drawing import jpeg_of
+    from flashvlm_export.runtime.live.newest import Newest
+    from flashvlm_export.runtime.server.settings import settings_from
+
+    names = None if args.hosts is None else tuple(name.strip() for name in args.hosts.split(",") if name.strip())
+    values = {"bundle": args.bundle, "host": args.host, "port": args.port, "hosts": names, "api_keys": args.api_keys}
+    settings = settings_from({name: value for name, value in values.items() if value is not None})
+    if not settings.on_loopback and settings.api_keys is None:
+        talk(args.json)(f"anybody who reaches {settings.host} can watch: --api-keys FILE shuts others out")
+    place: Newest[Shown] = Newest()
+
+    def put(seen: Seen, picture: Image.Image) -> None:
+        place.put(Shown(jpeg_of(picture), {"prompt": args.prompt, **_answer(seen), **asdict(seen.statistics)}))
+
+    return showing(place, settings), put
+
+
 def _answer(seen: Seen) -> dict[str, Any]:
     """Return what ``--json`` says of one answer."""
     prompt, stats = seen.answer.prompt, seen.answer.stats
@@ -132,7 +183,7 @@ def _answer(seen: Seen) -> dict[str, Any]:
         "latency_ms": seen.latency_ms,
         "visual_tokens": prompt.visual_tokens_before,
         "kept_tokens": prompt.visual_tokens_kept,
-        "kept_indices": seen.kept.indices,
+        "kept_indices": seen.kept.indices.tolist(),
         "prompt_tokens": stats.prompt_tokens,
         "new_tokens": stats.new_tokens,
         "finish_reason": stats.finish_reason,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -39,6 +40,13 @@ def draw_seen(seen: Seen, question: str) -> Image.Image:
             draw.text((_MARGIN, top + row * _LINE), line, colour, font)
         top += count * _LINE
     return sheet
+
+
+def jpeg_of(picture: Image.Image) -> bytes:
+    """Return ``picture`` as a JPEG file."""
+    stream = BytesIO()
+    picture.save(stream, "JPEG", quality=85)
+    return stream.getvalue()
 
 
 def numbers(seen: Seen) -> str:

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
@@ -50,7 +50,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     app = FastAPI(title="flashvlm-export", docs_url=None, redoc_url=None)
     metrics = Metrics(answerer)
     intake = Intake(model, settings)
-    threads = ThreadPoolExecutor(_INTAKE_THREADS, "flashvlm-intake")
+    at_a_time = CapacityLimiter(_INTAKE_THREADS)
     created = int(time.time())
 
     @app.get("/v1/models")
@@ -84,7 +84,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         start = time.perf_counter()
-        asked = await asyncio.get_running_loop().run_in_executor(threads, intake.asked, body)
+        asked = await to_thread.run_sync(intake.asked, body, limiter=at_a_time)
         reply = Reply(model.name, asked.views, body.selection)
         events = _timed(answerer, asked, settings.max_seconds, start, metrics)
         if body.stream:

@@ -1,6 +1,6 @@
-"""What every request passes before a route sees it: its host, its key, its size, and the time that it takes.
+"""What every request passes before a route sees it: its host, its key, its size, and the time it takes to arrive.
 
-Written against ASGI itself, so that a body is counted as it arrives and an answer is timed as it leaves.
+Written against ASGI itself, so that a body is counted as it comes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,10 @@ class Guard:
             return
         headers = Headers(scope=scope)
 
-        async def in_time(message: Message) -> None:
+        async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
-            # A client that takes nothing in fills the connection, and then holds up whoever writes to it.
-            await asyncio.wait_for(send(message), self._seconds)
+            await send(message)
 
         try:
             self._check_host(headers)
@@ -64,11 +63,11 @@ class Guard:
             body = await self._body(headers, receive)
         except ApiError as error:
             response = JSONResponse(error.body, error.status, error.headers)
-            await response(scope, receive, in_time)
+            await response(scope, receive, with_headers)
             return
         if body is None:  # the client has gone
             return
-        await self._app(scope, _with_body(body, receive), in_time)
+        await self._app(scope, _with_body(body, receive), with_headers)
 
     def _check_host(self, headers: Headers) -> None:
         """Refuse other names: a page elsewhere, whose own name leads here, is not to speak to this machine."""
@@ -92,15 +91,20 @@ class Guard:
             )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Return the whole body, ``None`` if the client went away before it was there."""
+        """Return the whole body, ``None`` if the client went away before it was there.
+
+        What is too large is read to its end, and dropped: a client hears of an error only once it has sent all.
+        """
+        length = headers.get("content-length", "0")
+        too_large = length.isdecimal() and int(length) > self._limit_bytes
         large = ApiError(
             413, f"a request has at most {self._limit_bytes} bytes here", code="request_too_large", headers=_CLOSE
         )
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._limit_bytes:
+        if too_large and "expect" in headers:  # it asks first
             raise large
 
         async def read() -> bytes | None:
+            nonlocal too_large
             body, more = bytearray(), True
             while more:
                 message = await receive()
@@ -108,16 +112,18 @@ class Guard:
                     return None
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
-                if len(body) > self._limit_bytes:
-                    raise large
+                if too_large := too_large or len(body) > self._limit_bytes:
+                    body.clear()
             return bytes(body)
 
         try:
-            return await asyncio.wait_for(read(), self._seconds)
+            body = await asyncio.wait_for(read(), self._seconds)
         except asyncio.TimeoutError:
-            raise ApiError(
-                408, f"the request did not arrive within {self._seconds:g} s", code="request_timeout", headers=_CLOSE
-            ) from None
+            message = f"the request did not arrive within {self._seconds:g} s"
+            raise large if too_large else ApiError(408, message, code="request_timeout", headers=_CLOSE) from None
+        if too_large and body is not None:
+            raise large
+        return body
 
 
 _CLOSE = {"Connection": "close"}

@@ -25,6 +25,7 @@ from flashvlm_export.runtime.server.conversation import Model
 from flashvlm_export.runtime.server.settings import ServerSettings
 from flashvlm_export.runtime.service import Service
 from flashvlm_export.runtime.sessions.split import SplitSession
+from flashvlm_export.specs import check_budget
 
 # Answers under way at once, where the engine batches and nothing is said.
 _MAX_ANSWERS = 8
@@ -81,35 +82,49 @@ class _Server(uvicorn.Server):
 
 
 def _protocol(seconds: float) -> type[H11Protocol]:
-    """Return uvicorn's protocol, which leaves a client that does not finish a request's head after ``seconds``."""
+    """Return uvicorn's protocol, but one that leaves clients who are slow for so long.
 
-    class TimedHead(H11Protocol):
-        _timer: asyncio.TimerHandle | None = None
+    Such as do not finish the head of a request, and such as do not take in what is sent to them. The body of a request
+    is the guard's.
+    """
+
+    class Impatient(H11Protocol):
+        _head: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self._watch()
+            self._watch_head()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch()
+            self._watch_head()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._reading = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop(self._reading)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._stop()
+            self._stop(self._head)
+            self._stop(self._reading)
 
-        def _watch(self) -> None:
+        def _watch_head(self) -> None:
             if self.conn.their_state is not h11.IDLE:
-                self._stop()
-            elif self._timer is None:
-                self._timer = self.loop.call_later(seconds, self.transport.abort)
+                self._stop(self._head)
+                self._head = None
+            elif self._head is None:
+                self._head = self.loop.call_later(seconds, self.transport.abort)
 
-        def _stop(self) -> None:
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+        def _stop(self, timer: asyncio.TimerHandle | None) -> None:
+            if timer is not None:
+                timer.cancel()
 
-    return TimedHead
+    return Impatient
 
 
 @contextmanager
@@ -146,6 +161,8 @@ def opened(settings: ServerSettings) -> Iterator[tuple[Pipeline, Service]]:
     """Open the pipeline that the settings ask for, and a service for it."""
     vlm = pipeline_of(settings)
     assert vlm.llm is not None  # settings.llm always names one
+    if settings.token_budget is not None:
+        check_budget(settings.token_budget, vlm.visual_tokens)
     if (settings.positions or vlm.bundle.manifest.default_positions) == "original":
         vlm.llm.require_gaps()
     most = settings.max_answers or (_MAX_ANSWERS if vlm.llm.capabilities.batch else 1)

@@ -15,6 +15,7 @@ from helpers.tensorrt_surface import describe
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.engines import BuildSettings
+from flashvlm_export.export.budget_shape import spec_with_budget_shape
 from flashvlm_export.export.engine_from_onnx import BuildReport, engine_from_onnx
 from flashvlm_export.profiles import resolve_profiles
 from flashvlm_export.specs import GraphSpec, Precision, VisualDims, visual_graph_spec
@@ -28,10 +29,12 @@ PRECISIONS = {"FP16", "INT8", "BF16", "FP8", "OBEY_PRECISION_CONSTRAINTS", "PREF
 class Build:
     """One build with a recorded release, and what it was told."""
 
-    def __init__(self, release: Any, backend: Backend, settings: BuildSettings, **more: Any) -> None:
+    def __init__(
+        self, release: Any, backend: Backend, settings: BuildSettings, spec: GraphSpec = SPEC, **more: Any
+    ) -> None:
         self.flags: list[Any] = []
         self.network_flags: list[int] = []
-        self.parsed: list[str] = []
+        self.parsed: list[Any] = []
         self.shapes: list[tuple[Any, ...]] = []
         self.pools: list[tuple[Any, ...]] = []
         self.capabilities: dict[int, Any] = {}
@@ -67,6 +70,7 @@ class Build:
             "ITimingCache.serialize": lambda cache: b"timings",
             "IOptimizationProfile.set_shape": lambda profile, *given: self.shapes.append(given),
             "IOptimizationProfile.set_shape_input": lambda profile, *given: self.shapes.append(given),
+            "OnnxParser.parse": lambda parser, content, file: self.parsed.append((content, file)) or True,
             "OnnxParser.parse_from_file": lambda parser, file: self.parsed.append(file) or True,
             "INetworkDefinition.num_layers": 1,
             "INetworkDefinition.get_layer": lambda network, index: _new(trt.ILayer),
@@ -89,10 +93,10 @@ class Build:
             patch.setattr(tensorrt_api, "load", lambda name: trt)
             self.report: BuildReport = engine_from_onnx(
                 Path("visual.onnx"),
-                SPEC,
+                spec,
                 backend,
                 output,
-                profiles=resolve_profiles(SPEC, PROFILES),
+                profiles=resolve_profiles(spec, PROFILES),
                 settings=settings,
                 **more,
             )
@@ -142,6 +146,15 @@ class TestTensorRT:
             ("text_mask", [1, 1], [2, 64], [3, 512]),
             ("budget", [1], [16], [16]),
         ]
+
+    def test_a_graph_for_triton_on_the_weights_of_the_file(self, release: str) -> None:
+        build = Build(surface(release), "tensorrt", BuildSettings(), spec_with_budget_shape(SPEC), instead=b"graph")
+        assert build.parsed == [(b"graph", "visual.onnx")]
+        assert [shape for shape in build.shapes if shape[0] in ("budget", "keep")] == [
+            ("keep", [1, 1], [1, 4], [1, 8]),
+            ("keep", [1, 1], [2, 16], [3, 16]),
+        ]
+        assert build.engine == b"engine"
 
     def test_every_setting(self, release: str) -> None:
         build = Build(surface(release), "tensorrt", EVERYTHING, timing_cache=b"earlier")

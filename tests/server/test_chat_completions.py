@@ -218,11 +218,11 @@ def test_models_are_listed(client: Any) -> None:
         ({"logprobs": True}, 400, "logprobs", "literal_error", "False"),
         ({"tools": []}, 400, "tools", "extra_forbidden", "not permitted"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty", "less_than_equal", "0"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format.type", "literal_error", "text"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format", "literal_error", "text"),
         ({"seed": -1}, 400, "seed", "greater_than_equal", "0"),
         ({"messages": []}, 400, "messages", "too_short", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages", "invalid_value", "received none"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role", "literal_error", "'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "literal_error", "'user'"),
         ({"messages": [user("a"), user("b")]}, 400, "messages", "invalid_value", "received user, user"),
         ({"messages": [user("")]}, 400, None, "invalid_value", "empty"),
         ({"messages": [user("See <image>")]}, 400, None, "invalid_value", "placeholders"),
@@ -256,7 +256,7 @@ def test_mistakes_have_openais_shape(
     assert "Traceback" not in error.response.text
     assert "--" not in error.body["message"], "options are for the command line"
     if param is not None:
-        assert (error.body["param"] or "").startswith(param)
+        assert error.body["param"] == param
     if code is not None:
         assert error.body["code"] == code
     assert error.body["type"] == "invalid_request_error"

@@ -1,0 +1,355 @@
+"""Clients that must not come in, that are too large, too slow, or leave: what becomes of them, and of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs the extra serve")
+pytest.importorskip("openai", reason="the tests of the server ask with OpenAI's client")
+
+from helpers.serving import WAIT_S, app_of, png, raw_connection, read_to_end, user
+
+from flashvlm_export.runtime.server.answering import Done, Event, KeptTokens, Load
+from flashvlm_export.runtime.server.conversation import Asked
+
+NAME = "tiny-llava"
+LONG = b"a" * 1000
+
+
+def body(**options: Any) -> bytes:
+    return json.dumps({"model": NAME, "messages": [user("What is it?", png(1))], "max_tokens": 4, **options}).encode()
+
+
+def post(url: str, content: bytes, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and body of the response to one request."""
+    connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
+    try:
+        connection.request(
+            "POST", "/v1/chat/completions", content, {"Content-Type": "application/json", **(headers or {})}
+        )
+        response = connection.getresponse()
+        return response.status, dict(response.getheaders()), json.loads(response.read() or b"null")
+    finally:
+        connection.close()
+
+
+def head(length: int, *more: str) -> bytes:
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to be"
+        time.sleep(0.01)
+
+
+def metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
+
+
+class Held:
+    """An answerer that begins, and goes on when it is let; ``closed`` counts the answers that were given up."""
+
+    def __init__(self, text: str = "x") -> None:
+        self.text, self.go_on, self.closed, self.begun, self.ready = text, threading.Event(), 0, 0, True
+
+    async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
+        self.begun += 1
+        try:
+            yield [KeptTokens([(4, 4)], [0, 5])] * len(asked.views)
+            while not self.go_on.is_set():
+                yield self.text
+                await asyncio.sleep(0.01)
+            yield Done("stop", 3, 2, 16, 2, {"prefill": 1.0})
+        finally:
+            self.closed += not self.go_on.is_set()
+
+    def is_ready(self) -> bool:
+        return self.ready
+
+    def load(self) -> Load | None:
+        return None
+
+
+def test_keys_let_in(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, keys=("first", "second"), name=NAME) as (url, _):
+        for headers in (
+            {},
+            {"Authorization": "Bearer third"},
+            {"Authorization": "first"},
+            {"Authorization": "Basic first"},
+        ):
+            status, sent, error = post(url, body(), headers)
+            assert (status, error["error"]["code"]) == (401, "invalid_api_key")
+            assert sent["www-authenticate"] == "Bearer"
+        for key in ("first", "second"):
+            assert post(url, body(), {"Authorization": f"Bearer {key}"})[0] == 200
+        for path, status in (("/health", 200), ("/ready", 200), ("/", 200), ("/metrics", 401), ("/v1/models", 401)):
+            connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
+            connection.request("GET", path)
+            assert connection.getresponse().status == status, path
+            connection.close()
+
+
+def test_other_names_for_this_machine_are_refused(tiny_bundle: Path) -> None:
+    """A page whose own name leads to 127.0.0.1 is not to use the visitor's browser to speak to it."""
+    with app_of(tiny_bundle, name=NAME) as (url, _):
+        port = url.rpartition(":")[2]
+        for host in (f"localhost:{port}", "LOCALHOST", f"127.0.0.1:{port}", f"[::1]:{port}"):
+            assert post(url, body(), {"Host": host})[0] == 200, host
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "10.0.0.1"):
+            status, _, error = post(url, body(), {"Host": host})
+            assert (status, error["error"]["code"]) == (421, "wrong_host"), host
+    with app_of(tiny_bundle, name=NAME, hosts=("orin.local",)) as (url, _):
+        assert post(url, body(), {"Host": "orin.local:80"})[0] == 200
+        assert post(url, body(), {"Host": "localhost"})[0] == 421
+
+
+def test_a_form_of_another_page_is_not_taken(tiny_bundle: Path) -> None:
+    """Without JSON's own content type a browser would send it from anywhere, without asking this server first."""
+    with app_of(tiny_bundle, name=NAME) as (url, _):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+            status, _, error = post(url, body(), {"Content-Type": kind})
+            assert (status, error["error"]["type"]) == (400, "invalid_request_error"), kind
+        connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
+        connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://evil.example"})
+        response = connection.getresponse()
+        assert response.status == 405
+        assert not [name for name, _ in response.getheaders() if name.lower().startswith("access-control")]
+        connection.close()
+
+
+def test_answers_name_what_a_browser_may_do(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, name=NAME) as (url, _):
+        status, headers, _ = post(url, body())
+        assert status == 200
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "server" not in headers
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_large_requests_are_cut_off(tiny_bundle: Path, chunked: bool) -> None:
+    with app_of(tiny_bundle, name=NAME, max_body_mib=1) as (url, _):
+        with raw_connection(url) as connection:
+            if chunked:
+                connection.sendall(head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+                chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+                for _ in range(17):
+                    connection.sendall(chunk)
+                connection.sendall(b"0\r\n\r\n")
+            else:
+                connection.sendall(head((1 << 20) + 1) + b" " * ((1 << 20) + 1))
+            answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"request_too_large" in answer
+        with raw_connection(url) as connection:  # one that asks before it sends need not send
+            connection.sendall(head(1 << 30, "Expect: 100-continue"))
+            assert read_to_end(connection).startswith(b"HTTP/1.1 413 ")
+        assert post(url, body())[0] == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"\xff\xfe\x00",
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"model": NaN}',
+        b'{"seed": ' + b"9" * 5000 + b"}",
+        b'{"messages": "' + b"\\ud800" * 100 + b'"}',
+    ],
+    ids=range(11),
+)
+def test_malformed_bodies(tiny_bundle: Path, content: bytes) -> None:
+    with app_of(tiny_bundle, Held(), name=NAME) as (url, _):
+        status, _, error = post(url, content)
+        assert status == 400
+        assert error["error"]["type"] == "invalid_request_error"
+        assert len(error["error"]["message"]) < 2000
+
+
+def test_what_is_no_http_is_no_matter(tiny_bundle: Path) -> None:
+    held = Held()
+    held.go_on.set()
+    with app_of(tiny_bundle, held, name=NAME) as (url, _):
+        for sent in (b"\x16\x03\x01\x02\x00", b"GET / HTTP/x\r\n\r\n", b"nonsense\r\n\r\n", b"GET /" + b"a" * 70_000):
+            with raw_connection(url) as connection:
+                connection.sendall(sent)
+                assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+        assert post(url, body())[0] == 200
+
+
+def test_slow_clients_are_left(tiny_bundle: Path) -> None:
+    """One sends its head byte by byte, one its body, one connects and is silent: none of them stays."""
+    held = Held()
+    held.go_on.set()
+    content = body()
+    with app_of(tiny_bundle, held, name=NAME, slow_seconds=0.5) as (url, _):
+        with raw_connection(url) as silent, raw_connection(url) as slow_head, raw_connection(url) as slow_body:
+            slow_body.sendall(head(len(content)))
+            answers: dict[str, bytes] = {}
+
+            def drip(name: str, connection: Any, sent: bytes) -> None:
+                with suppress(OSError):  # it was left: what came before counts
+                    for byte in sent:
+                        connection.sendall(bytes([byte]))
+                        time.sleep(0.02)
+                try:
+                    answers[name] = read_to_end(connection)
+                except ConnectionResetError:
+                    answers[name] = b"reset"
+
+            slow = [
+                threading.Thread(target=drip, args=given)
+                for given in (("head", slow_head, head(9, *["X: 1"] * 99)), ("body", slow_body, content))
+            ]
+            for thread in slow:
+                thread.start()
+            while any(thread.is_alive() for thread in slow):
+                start = time.monotonic()
+                assert post(url, content)[0] == 200, "the others do not notice"
+                assert time.monotonic() - start < WAIT_S
+            with suppress(ConnectionResetError):  # left, too
+                assert read_to_end(silent) == b""
+        assert answers["head"] in (b"", b"reset")
+        assert answers["body"].startswith(b"HTTP/1.1 408 ")
+        assert b"request_timeout" in answers["body"]
+
+
+def test_a_client_that_does_not_read_is_left(tiny_bundle: Path) -> None:
+    held = Held("x" * 100_000)
+    with app_of(tiny_bundle, held, name=NAME, slow_seconds=0.5) as (url, _), raw_connection(url) as connection:
+        content = body(stream=True)
+        connection.sendall(head(len(content)) + content)
+        wait_for(lambda: held.closed == 1)
+        assert metrics(url)['flashvlm_requests_total{outcome="gone"}'] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_is_worked_for_no_longer(tiny_bundle: Path, stream: bool) -> None:
+    held = Held()
+    with app_of(tiny_bundle, held, name=NAME) as (url, _):
+        content = body(stream=stream)
+        with raw_connection(url) as connection:
+            connection.sendall(head(len(content)) + content)
+            wait_for(lambda: held.begun == 1)
+        wait_for(lambda: held.closed == 1)
+        wait_for(lambda: metrics(url).get('flashvlm_requests_total{outcome="gone"}') == 1)
+
+
+def test_the_service_is_free_again_when_a_client_hangs_up(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, name=NAME, max_answer_tokens=1000, max_answers=1) as (url, service):
+        content = body(stream=True, max_tokens=900)
+        with raw_connection(url) as connection:
+            connection.sendall(head(len(content)) + content)
+            assert connection.recv(1 << 12).startswith(b"HTTP/1.1 200 ")
+            assert service.under_way == 1
+        wait_for(lambda: service.under_way == 0)
+        assert post(url, body())[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_has_its_time(tiny_bundle: Path, stream: bool) -> None:
+    held = Held()
+    with app_of(tiny_bundle, held, name=NAME, max_seconds=0.3) as (url, _):
+        content = body(stream=stream)
+        with raw_connection(url) as connection:
+            connection.sendall(head(len(content), "Connection: close") + content)
+            answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 200 " if stream else b"HTTP/1.1 504 ")
+        assert b'"code":"timeout"' in answer
+        assert b"[DONE]" not in answer
+        assert held.closed == 1
+        assert metrics(url)['flashvlm_requests_total{outcome="504"}'] == 1
+
+
+def test_one_more_than_may_wait_is_told_to_come_again(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, name=NAME, max_answer_tokens=1000, max_answers=1, max_queue=1) as (url, service):
+        content = body(stream=True, max_tokens=900)
+        with raw_connection(url) as first, raw_connection(url) as second:
+            first.sendall(head(len(content)) + content)
+            wait_for(lambda: service.under_way == 1)
+            second.sendall(head(len(content)) + content)
+            wait_for(lambda: service.waiting == 1)
+            status, headers, error = post(url, body())
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert (error["error"]["code"], error["error"]["type"]) == ("overloaded", "server_error")
+            shown = metrics(url)
+            assert (shown["flashvlm_queue_requests"], shown["flashvlm_running_requests"]) == (1, 1)
+        wait_for(lambda: service.under_way == 0)
+        assert post(url, body())[0] == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the defect that is played
+def test_a_defect_shows_nothing_of_itself(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Held):
+        async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
+            if asked.request.question == "At once?":
+                raise RuntimeError("a secret path")
+            yield [KeptTokens([(4, 4)], [0])]
+            yield "text"
+            raise RuntimeError("a secret path")
+
+    with app_of(tiny_bundle, Broken(), name=NAME) as (url, _):
+        status, _, error = post(url, body(messages=[user("At once?", png(1))]))
+        assert (status, error["error"]["code"]) == (500, "internal_error")
+        content = body(stream=True)
+        with raw_connection(url) as connection:
+            connection.sendall(head(len(content), "Connection: close") + content)
+            answer = read_to_end(connection)
+        assert b'"code":"internal_error"' in answer
+        assert b"secret" not in answer + json.dumps(error).encode()
+        assert "a secret path" in caplog.text, "the log has it"
+
+
+def test_ready_is_what_the_model_is(tiny_bundle: Path) -> None:
+    held = Held()
+    with app_of(tiny_bundle, held, name=NAME) as (url, _):
+        with urllib.request.urlopen(f"{url}/ready") as response:
+            assert json.load(response) == {"status": "ready"}
+        held.ready = False
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{url}/ready")
+        with urllib.request.urlopen(f"{url}/health") as response:
+            assert response.status == 200
+
+
+def test_metrics_count_what_was_asked(tiny_bundle: Path) -> None:
+    with app_of(tiny_bundle, name=NAME) as (url, _):
+        answers = [post(url, body(token_budget=budget))[2] for budget in (3, 5, "full")]
+        post(url, b"{")
+        shown = metrics(url)
+    assert shown['flashvlm_requests_total{outcome="200"}'] == 3
+    assert shown['flashvlm_requests_total{outcome="400"}'] == 1
+    assert shown["flashvlm_visual_tokens_total"] == 48
+    assert shown["flashvlm_kept_tokens_total"] == 24
+    assert shown["flashvlm_answer_tokens_total"] == sum(each["usage"]["completion_tokens"] for each in answers)
+    assert shown["flashvlm_batch_size_count"] == shown['flashvlm_batch_size_bucket{le="1"}'] == 3
+    assert (shown["flashvlm_image_cache_misses_total"], shown["flashvlm_image_cache_hits_total"]) == (1, 2)
+    assert shown["flashvlm_time_to_first_token_seconds_count"] == 3
+    prefill_s = sum(each["flashvlm"]["stage_ms"]["prefill"] for each in answers) / 1e3
+    assert shown['flashvlm_stage_seconds_sum{stage="prefill"}'] == pytest.approx(prefill_s)
+    assert shown['flashvlm_stage_seconds_count{stage="encode"}'] == 1
+    assert shown["process_resident_memory_bytes"] > 0

@@ -1,0 +1,204 @@
+"""Pictures of strangers: what is fetched from where, and what is decoded."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import ipaddress
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the server needs the extra serve")
+
+from helpers.serving import data_uri, png
+from PIL import Image
+
+from flashvlm_export.errors import ImageError
+from flashvlm_export.runtime.server.pictures import PictureReader, is_public
+
+LIMIT = 1 << 20
+
+
+def encoded(kind: str, size: tuple[int, int] = (8, 6)) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", size, "red").save(stream, kind)
+    return stream.getvalue()
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of some kilobytes that is all zeros once decoded."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(b"\0" * min((3 * width + 1) * height, 1 << 22))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+class Site(BaseHTTPRequestHandler):
+    """Pictures, and what is sent in place of one."""
+
+    seen: list[tuple[str, str]] = []  # noqa: RUF012  # the server makes a handler of its own for each request
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, self.headers["Host"]))
+        if self.path == "/redirect":
+            self.send_response(302)
+            self.send_header("Location", "http://169.254.169.254/secret")
+            self.end_headers()
+            return
+        if self.path == "/missing":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.end_headers()
+        if self.path == "/endless":
+            with suppress(OSError):  # nobody reads any more
+                while True:
+                    self.wfile.write(b"\0" * 65536)
+            return
+        if self.path == "/slow":
+            with suppress(OSError):  # nobody reads any more
+                for _ in range(200):
+                    self.wfile.write(b"\0")
+                    time.sleep(0.05)
+            return
+        self.wfile.write(png(1))
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silent."""
+
+
+@pytest.fixture
+def site() -> Iterator[int]:
+    Site.seen.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Site) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def reader(hosts: tuple[str, ...] = (), *, private: bool = False, seconds: float = 5.0) -> PictureReader:
+    may_reach = (lambda address: True) if private else is_public
+    return PictureReader(hosts, limit_pixels=10_000, limit_bytes=LIMIT, seconds=seconds, may_reach=may_reach)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_openais_formats_are_read(kind: str) -> None:
+    assert reader().read(data_uri(encoded(kind), kind.lower())) == (encoded(kind), (8, 6))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "ICO", "PDF", "EPS", "JPEG2000"])
+def test_other_decoders_are_out_of_reach(kind: str) -> None:
+    """Also behind the name of another format."""
+    with pytest.raises(ImageError, match="not an image that can be read"):
+        reader().read(data_uri(encoded(kind), "png"))
+
+
+def test_size_is_that_of_the_upright_picture() -> None:
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(stream, "JPEG", exif=exif)
+    assert reader().read(data_uri(stream.getvalue(), "jpeg"))[1] == (6, 8)
+
+
+@pytest.mark.parametrize(("width", "height"), [(101, 100), (10_001, 1), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_pixels_are_counted_before_any_is_decoded(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"too many pixels|cannot be read|can be read"):
+        reader().read(data_uri(bomb(width, height)))
+
+
+@pytest.mark.parametrize("content", [gzip.compress(png(1)), png(1)[:100], b"<svg/>", b"\x89PNG\r\n\x1a\n", bomb(0, 0)])
+def test_what_is_no_whole_picture(content: bytes) -> None:
+    with pytest.raises(ImageError):
+        reader().read(data_uri(content))
+
+
+def test_an_allowed_host_is_fetched_from(site: int) -> None:
+    url = f"http://localhost:{site}/cat.png?size=1#part"
+    assert reader(("localhost",), private=True).read(url) == (png(1), (80, 60))
+    assert Site.seen == [("/cat.png?size=1", f"localhost:{site}")]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:{port}/",
+        "http://localhost.evil.example:{port}/",
+        "http://localhost@127.0.0.1:{port}/",
+        "http://127.0.0.1:{port}@localhost/",
+        "http://user:secret@localhost:{port}/",
+        "http://evil.example\\@localhost:{port}/",
+        "gopher://localhost:{port}/",
+        "http:///cat.png",
+        "http://localhost:99999/",
+        "HTTP://127.0.0.1:{port}/",
+    ],
+)
+def test_nothing_else_is(url: str, site: int) -> None:
+    with pytest.raises(ImageError):
+        reader(("localhost",), private=True).read(url.format(port=site))
+    assert Site.seen == []
+
+
+def test_an_allowed_name_of_a_private_address_is_not_connected_to(site: int) -> None:
+    """Whoever owns the name could let it lead anywhere, and did, for what is on the list by mistake."""
+    with pytest.raises(ImageError, match="public addresses only"):
+        reader(("localhost",)).read(f"http://localhost:{site}/")
+    assert Site.seen == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *(
+            "127.0.0.1",
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "169.254.169.254",
+            "100.64.0.1",
+            "0.0.0.0",
+            "224.0.0.1",
+        ),
+        *("::1", "::", "fe80::1", "fd00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "ff02::1", "255.255.255.255"),
+    ],
+)
+def test_private_addresses(address: str) -> None:
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1", "::ffff:8.8.8.8"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/redirect", "says 302"),
+        ("/missing", "says 404"),
+        ("/endless", f"more than {LIMIT} bytes"),
+        ("/slow", "too long|timed out"),
+    ],
+)
+def test_sites_that_do_not_behave(path: str, message: str, site: int) -> None:
+    with pytest.raises(ImageError, match=message):
+        reader(("localhost",), private=True, seconds=0.5).read(f"http://localhost:{site}{path}")
+    assert [seen for seen, _ in Site.seen] == [path], "nobody went where the redirect leads"
+
+
+def test_nobody_at_home(site: int) -> None:
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        reader(("localhost",), private=True).read("http://localhost:1/cat.png")
