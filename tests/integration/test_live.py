@@ -96,7 +96,7 @@ def test_a_window_of_frames(qwen_bundle: Path, clip: Path, capsys: pytest.Captur
     [
         (["--source", "missing.mp4"], 1, "no such source"),
         (["--source", "97"], 1, "cannot be opened"),
-        (["--source", "{clip}", "--prompt", " "], 2, "prompt"),
+        (["--source", "{clip}", "--prompt", " "], 2, "question is empty"),
         (["--source", "{clip}", "--budget", "17"], 2, "budget"),
         (["--source", "{clip}", "--frames", "4"], 2, "takes no videos"),
         (["--source", "{clip}", "--division", "relevance"], 2, "no moments"),
