@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from fractions import Fraction
@@ -156,6 +157,12 @@ def output_to(path: Path) -> Output:
 
     Raises:
         ConfigError: if it is neither, or its folder does not exist.
+        StorageError: if nothing can be written there; not first at the end of a long run.
         DependencyError: if a recording needs what is not installed.
     """
+    folder = path.absolute().parent
+    if path.is_dir() or (folder.is_dir() and not os.access(folder, os.W_OK | os.X_OK)):
+        raise StorageError(
+            "the output path cannot be written", received=path, expected="a file in a directory that you may write to"
+        )
     return Recording(path) if path.suffix.lower() in _FORMATS else Snapshot(path)

@@ -31,6 +31,7 @@ MOST_VIEWERS = 16
 # How often a viewer looks whether there is something new. A wait of its own would take a thread for each.
 _LOOK_S = 0.02
 _BOUNDARY = "frame"
+_LONGEST_END_S = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,4 +139,6 @@ def showing(place: Newest[Shown], settings: ServerSettings) -> Iterator[str]:
         finally:
             place.close()
             server.should_exit = True
+            thread.join(_LONGEST_END_S)
+            server.force_exit = True  # a viewer that takes nothing in does not hold up the end
             thread.join()

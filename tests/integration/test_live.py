@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -192,7 +192,7 @@ def test_the_page_shows_answers_to_who_has_the_key(tiny_bundle: Path, clip: Path
     pytest.importorskip("fastapi", reason="the page needs FastAPI")
     (tmp_path / "keys").write_text("open-sesame\n")
     options = ["--source", str(clip), "--loop", "--budget", "5", "--port", "0", "--api-keys", str(tmp_path / "keys")]
-    with running(tiny_bundle, *options, "--json") as (process, said):
+    with running(tiny_bundle, *options, "--json") as (process, said), ExitStack() as stack:
         port = next(
             int(found[1]) for line in said if (found := re.search(r"watch at http://127.0.0.1:(\d+)/live", line))
         )
@@ -200,8 +200,9 @@ def test_the_page_shows_answers_to_who_has_the_key(tiny_bundle: Path, clip: Path
 
         def get(path: str, **headers: str) -> http.client.HTTPResponse:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
+            stack.callback(connection.close)
             connection.request("GET", path, headers=headers)
-            return connection.getresponse()
+            return stack.enter_context(connection.getresponse())
 
         page = get("/live")
         assert page.status == 200

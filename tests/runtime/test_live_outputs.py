@@ -191,11 +191,15 @@ def test_an_unwritable_recording(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="folder does not exist"):
         output_to(tmp_path / "nowhere" / "clip.mp4")
     (tmp_path / "taken.mp4").mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        output_to(tmp_path / "taken.mp4")
 
     def record() -> None:
-        with output_to(tmp_path / "taken.mp4") as output:
+        with output_to(tmp_path / "late.mp4") as output:
             output.add(grey(50), 0)
+            (tmp_path / "late.mp4").mkdir()  # by somebody else, in the meantime
 
     with pytest.raises(StorageError):
         record()
+    (tmp_path / "late.mp4").rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["taken.mp4"]
