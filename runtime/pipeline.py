@@ -133,10 +133,15 @@ class Pipeline:
                 raise _other_positions(pipeline.llm, "counts them by itself", bundle.manifest.position_axes)
         return pipeline
 
-    def load(self) -> None:
-        """Load graph and language model; ``with`` does the same."""
+    def load(self, *, visual: bool = True) -> None:
+        """Load graph and language model; ``with`` does the same.
+
+        Args:
+            visual: without the graph, only images that are selected already can be asked about.
+        """
         try:
-            self.session.open()
+            if visual:
+                self.session.open()
             if self.llm is not None:
                 self.llm.open()
                 require_same_model(self.llm, self.bundle.manifest, self.embeddings)

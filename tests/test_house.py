@@ -51,6 +51,7 @@ ALLOWED = {
         "onnxruntime",
         "prometheus_client",
         "pydantic",
+        "ray",
         "starlette",
         "torch",
         "transformers",
@@ -179,6 +180,10 @@ def test_wheel_holds_the_rooms_under_one_name(wheel: Path) -> None:
     assert len([name for name in names if name.endswith("/errors.py")]) == 1
     scripts = {name for name in names if name.startswith("flashvlm_export/export/device/")}
     assert {name.rpartition("/")[2] for name in scripts} == {"README.md", "build.sh", "install.sh"}
+    page = {name for name in names if name.startswith("flashvlm_export/runtime/server/page/")}
+    assert {name.rpartition("/")[2] for name in page} == {
+        file.name for file in (ROOT / "runtime/server/page").iterdir()
+    }
     modules = {name for name in names if name.startswith("flashvlm_export/") and name.endswith(".py")}
     on_disk = {
         str(path.relative_to(ROOT / "flashvlm_export")) if room not in ROOMS else f"{path.relative_to(ROOT)}"

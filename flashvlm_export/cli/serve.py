@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name, kind, choices, default, description in ServerSettings.options():
         shown = "" if default in (None, False, ()) else f" (default: {default})"
-        more: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": _names if kind is tuple else kind}
+        more: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": str if kind is tuple else kind}
         if choices:
             more["choices"] = choices
         elif kind is not bool:
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal comes."""
-    from flashvlm_export.runtime.server.settings import ServerSettings, settings_from
+    from flashvlm_export.runtime.server.settings import ServerSettings
 
     names = ["bundle", *(option.name for option in ServerSettings.options())]
     given = {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-    settings = settings_from(given, args.config)
+    settings = ServerSettings.of(given, args.config)
     try:
         from flashvlm_export.runtime.server.listening import serve
     except ImportError as error:
@@ -51,7 +51,3 @@ def run(args: argparse.Namespace) -> None:
     say("finished what was running; no longer listening")
     if args.json:
         print_json({"verb": "serve", "bundle": str(settings.bundle), "model": settings.name})
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -12,5 +12,6 @@
 - ``app.py``           the routes
 - ``live.py``          the newest annotated frame of ``flashvlm live``, for viewers
 - ``listening.py``     the socket, until a signal
+- ``ray_app.py``       the same on many machines, a Ray Serve application
 - ``page/``            the page at ``/``
 """

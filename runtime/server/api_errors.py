@@ -18,6 +18,9 @@ from flashvlm_export.errors import (
     UsageError,
 )
 
+#: Headers of an error after which asking again helps.
+LATER = {"Retry-After": "1"}
+
 
 class ApiError(Exception):
     """An answer that is an error.
@@ -52,7 +55,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
-        return ApiError(503, _text(error), code="overloaded", kind="server_error", headers={"Retry-After": "1"})
+        return ApiError(503, _text(error), code="overloaded", kind="server_error", headers=LATER)
     if isinstance(error, ImageError):
         return ApiError(400, _text(error), param="messages", code="invalid_image")
     if isinstance(error, BudgetError):

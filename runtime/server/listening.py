@@ -159,18 +159,23 @@ def _not_here(host: str, port: int, error: OSError) -> ConfigError:
 @contextmanager
 def opened(settings: ServerSettings) -> Iterator[tuple[Pipeline, Service]]:
     """Open the pipeline that the settings ask for, and a service for it."""
-    vlm = pipeline_of(settings)
+    with pipeline_of(settings) as vlm, service_of(vlm, settings) as service:
+        yield vlm, service
+
+
+def service_of(vlm: Pipeline, settings: ServerSettings) -> Service:
+    """Return a service for an opened pipeline, closed by ``with``.
+
+    Raises:
+        FlashVLMError: if the pipeline is not one for these settings.
+    """
     assert vlm.llm is not None  # settings.llm always names one
     if settings.token_budget is not None:
         check_budget(settings.token_budget, vlm.visual_tokens)
     if (settings.positions or vlm.bundle.manifest.default_positions) == "original":
         vlm.llm.require_gaps()
     most = settings.max_answers or (_MAX_ANSWERS if vlm.llm.capabilities.batch else 1)
-    with (
-        vlm,
-        Service(vlm, max_answers=most, max_wait_ms=settings.max_wait_ms, max_queue=settings.max_queue) as service,
-    ):
-        yield vlm, service
+    return Service(vlm, max_answers=most, max_wait_ms=settings.max_wait_ms, max_queue=settings.max_queue)
 
 
 def pipeline_of(settings: ServerSettings, *, with_llm: bool = True) -> Pipeline:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -17,6 +17,7 @@ Size = Annotated[int, msgspec.Meta(ge=0)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Duration = Annotated[float, msgspec.Meta(ge=0)]
+S = TypeVar("S", bound="ServerSettings")
 
 
 def _about(description: str) -> msgspec.Meta:
@@ -92,6 +93,31 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ValueError(f"answer_tokens {self.answer_tokens} is above max_answer_tokens {self.max_answer_tokens}")
 
     @classmethod
+    def of(cls: type[S], values: Mapping[str, Any], file: Path | None = None) -> S:
+        """Return the settings of ``file``, a TOML file, with ``values`` in place of its own.
+
+        Args:
+            values: by name; those of a command line may be texts, with commas where there are several.
+            file: if there is one.
+
+        Raises:
+            ConfigError: if the file cannot be read, a key is unknown, or a value is of another type or out of range.
+            DependencyError: on Python 3.10 without tomli, if there is a file.
+        """
+        from_file = _read(file) if file is not None else {}
+        several = {option.name for option in cls.options() if option.kind is tuple}
+        typed = {name: _split(value) if name in several else value for name, value in values.items()}
+        try:
+            # A command line knows only texts.
+            return msgspec.convert({**from_file, **typed}, cls, strict=False, dec_hook=_path)
+        except msgspec.ValidationError as error:
+            raise ConfigError(
+                "the server cannot be set up so",
+                received=str(error),
+                expected="what flashvlm serve --help lists" + (f", in {file} with underscores" if file else ""),
+            ) from None
+
+    @classmethod
     def options(cls) -> list[Option]:
         """Return every setting but the bundle, in their order."""
         hints = get_type_hints(cls, include_extras=True)
@@ -131,22 +157,8 @@ class Option(NamedTuple):
         return cls(name, kind, choices, default, about.description)
 
 
-def settings_from(values: Mapping[str, Any], file: Path | None = None) -> ServerSettings:
-    """Return the settings of ``file``, a TOML file, with ``values`` in place of its own.
-
-    Raises:
-        ConfigError: if the file cannot be read, a key is unknown, or a value is of another type or out of range.
-        DependencyError: on Python 3.10 without tomli, if there is a file.
-    """
-    given = {**(_read(file) if file is not None else {}), **values}
-    try:
-        return msgspec.convert(given, ServerSettings, dec_hook=_path)
-    except msgspec.ValidationError as error:
-        raise ConfigError(
-            "the server cannot be set up so",
-            received=str(error),
-            expected="what flashvlm serve --help lists" + (f", in {file} with underscores" if file is not None else ""),
-        ) from None
+def _split(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
 def _path(kind: type, value: Any) -> Any:

@@ -21,7 +21,7 @@ from helpers.serving import WAIT_S, Process, png, serving, user
 from flashvlm_export.cli import build_parser, main
 from flashvlm_export.errors import ConfigError
 from flashvlm_export.runtime.server import listening
-from flashvlm_export.runtime.server.settings import ServerSettings, settings_from
+from flashvlm_export.runtime.server.settings import ServerSettings
 
 
 def body(**options: Any) -> bytes:
@@ -91,7 +91,7 @@ def test_a_file_and_options_are_one_configuration(tmp_path: Path) -> None:
         'bundle = "there"\nmax_queue = 3\nselectors = ["flashvlm", "divprune"]\nslow_seconds = 5\nport = 1234\n'
         f'api_keys = "{tmp_path}/keys"\n'
     )
-    settings = settings_from({"port": 99, "max_wait_ms": 1.5}, file)
+    settings = ServerSettings.of({"port": 99, "max_wait_ms": 1.5}, file)
     assert settings == ServerSettings(
         bundle=Path("there"),
         max_queue=3,
@@ -103,7 +103,7 @@ def test_a_file_and_options_are_one_configuration(tmp_path: Path) -> None:
     )
     typed = vars(build_parser().parse_args(["serve", "b", "--selectors", "a, b", "--port", "1", "--cuda-graphs"]))
     given = {name: typed[name] for name in ("bundle", "selectors", "port", "cuda_graphs")}
-    assert settings_from(given) == ServerSettings(bundle=Path("b"), selectors=("a", "b"), port=1, cuda_graphs=True)
+    assert ServerSettings.of(given) == ServerSettings(bundle=Path("b"), selectors=("a", "b"), port=1, cuda_graphs=True)
 
 
 def test_every_setting_is_an_option_that_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +134,7 @@ def test_configurations_that_make_no_sense(text: str, message: str, tmp_path: Pa
     file = tmp_path / "serve.toml"
     file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError) as caught:
-        settings_from({}, file)
+        ServerSettings.of({}, file)
     assert message in str(caught.value)
 
 
