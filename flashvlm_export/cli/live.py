@@ -108,8 +108,10 @@ def run(args: argparse.Namespace) -> None:
     showing, put = _page(args)
     say = talk(args.json)
     told: deque[dict[str, Any]] = deque(maxlen=_TOLD)
+    wrote: Path | None = None
 
     def on_seen(seen: Seen) -> None:
+        nonlocal wrote
         say(f"{seen.captured_s:8.1f} s  {' '.join(seen.answer.text.split())}  ({seen.latency_ms:.0f} ms)")
         if args.json:
             told.append(_answer(seen))
@@ -118,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
             put(seen, picture)
             if output is not None:
                 output.add(picture, seen.captured_s + seen.latency_ms / 1e3)
+                wrote = args.output
         interrupts.check()  # one that came where Python could not raise it
 
     with ExitStack() as stack:
@@ -132,7 +135,6 @@ def run(args: argparse.Namespace) -> None:
     interrupts.settle()
     for line in _summary(report.statistics):
         say(line)
-    wrote = args.output if args.output is not None and report.statistics.answered else None
     if wrote is not None:
         say(f"  written: {wrote}")
     if args.json:
@@ -146,9 +148,9 @@ def _page(
 ) -> tuple[AbstractContextManager[str | None], Callable[[Seen, Image.Image], object]]:
     """Return what serves the live page and yields its address, and what puts an answered frame there."""
     if args.port is None:
-        given = [f"--{name.replace('_', '-')}" for name in ("hosts", "api_keys") if getattr(args, name) is not None]
-        if given:
-            raise UsageError("there is no page", received=", ".join(given), expected="--port too")
+        unused = [f"--{name.replace('_', '-')}" for name in ("hosts", "api_keys") if getattr(args, name) is not None]
+        if unused:
+            raise UsageError("there is no page", received=", ".join(unused), expected="--port too")
         return nullcontext(), lambda seen, picture: None
     try:
         from flashvlm_export.runtime.server.live import Shown, showing
@@ -158,11 +160,10 @@ def _page(
         ) from error
     from flashvlm_export.runtime.live.drawing import jpeg_of
     from flashvlm_export.runtime.live.newest import Newest
-    from flashvlm_export.runtime.server.settings import settings_from
+    from flashvlm_export.runtime.server.settings import ServerSettings
 
-    names = None if args.hosts is None else tuple(name.strip() for name in args.hosts.split(",") if name.strip())
-    values = {"bundle": args.bundle, "host": args.host, "port": args.port, "hosts": names, "api_keys": args.api_keys}
-    settings = settings_from({name: value for name, value in values.items() if value is not None})
+    given = {name: getattr(args, name) for name in ("bundle", "host", "port", "hosts", "api_keys")}
+    settings = ServerSettings.of({name: value for name, value in given.items() if value is not None})
     if not settings.on_loopback and settings.api_keys is None:
         talk(args.json)(f"anybody who reaches {settings.host} can watch: --api-keys FILE shuts others out")
     place: Newest[Shown] = Newest()
