@@ -1,8 +1,9 @@
 """Load on ``flashvlm serve`` by locust: requests per second and time to first token, pruned against unpruned.
 
-Regime: CPU, clients and server on the same cores. Questions are those of a data set, such as
-``python benchmarks/tiny/dataset.py build/scenes/load --count 70`` writes. Each picture is encoded before it is timed, so that what is timed is selection, prefill, decode, and the waiting of clients for each other: with 64 clients
-and 8 answers under way, most of it. Every answer is compared with the one that its request got alone.
+Regime: CPU, clients and server on the same cores. Questions are those of a data set, such as ``python
+benchmarks/tiny/dataset.py build/scenes/load --count 70`` writes. Each picture is encoded before it is timed, so that
+what is timed is selection, prefill, decode, and the waiting of clients for each other: with 64 clients and 8 answers
+under way, most of it. Every answer is compared with the one that its request got alone.
 
 Exit code 1 if a request failed, or an answer differs. ``--soak`` adds one long run with all budgets mixed, and the
 memory of the server at its beginning and end.
@@ -34,9 +35,9 @@ MIB = 1 << 20
 
 
 @contextmanager
-def server(bundle: Path, max_answers: int) -> Iterator[tuple[str, psutil.Process]]:
+def server(bundle: Path, max_answers: int, *more: str) -> Iterator[tuple[str, psutil.Process]]:
     """Start ``flashvlm serve`` at a free port; yield its address and process."""
-    options = ["--port", "0", "--positions", "original", "--max-answers", str(max_answers), "--max-queue", "64"]
+    options = ["--port", "0", "--positions", "original", "--max-answers", str(max_answers), "--max-queue", "64", *more]
     command = [sys.executable, "-m", "flashvlm_export", "serve", str(bundle), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

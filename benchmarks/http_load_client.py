@@ -22,11 +22,13 @@ class Client(User):
     """Asks without a pause."""
 
     def on_start(self) -> None:
+        """Connect, once for all questions."""
         self.session = requests.Session()
         self.random = random.Random()
 
     @task
     def ask(self) -> None:
+        """Ask one question, and tell locust how it went."""
         asked = self.random.choice(LOAD["asked"])
         start, first_ms, text, error = time.perf_counter(), None, "", None
         try:

@@ -6,10 +6,12 @@ without a redirect: a client must not be able to send this machine to its own ne
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Collection
 from urllib.parse import SplitResult, urlsplit
@@ -21,6 +23,7 @@ from flashvlm_export.runtime.images import data_url_bytes, load_image
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 _PIECE = 1 << 16
+_MOST_KNOWN = 4096
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -54,6 +57,8 @@ class PictureReader:
         self.hosts = frozenset(host.lower() for host in hosts)
         self.limit_pixels, self.limit_bytes, self.seconds = limit_pixels, limit_bytes, seconds
         self._may_reach = may_reach
+        self._known: dict[bytes, tuple[int, int]] = {}
+        self._changing = threading.Lock()
 
     def read(self, url: str) -> tuple[bytes, tuple[int, int]]:
         """Return the encoded picture at ``url``, which was decoded once to know that it can be, and its upright size.
@@ -62,7 +67,18 @@ class PictureReader:
             ImageError: if it is not to be read, or not a whole picture of an allowed format and size.
         """
         content = data_url_bytes(url) if url.startswith("data:") else self._fetch(url)
-        return content, load_image(content, limit_pixels=self.limit_pixels, formats=FORMATS).size
+        return content, self._size(hashlib.sha256(content).digest(), content)
+
+    def _size(self, digest: bytes, content: bytes) -> tuple[int, int]:
+        """Return the size of a picture that was decoded, now or when it came before: conversations send it again."""
+        size = self._known.get(digest)
+        if size is None:
+            size = load_image(content, limit_pixels=self.limit_pixels, formats=FORMATS).size
+            with self._changing:
+                if len(self._known) >= _MOST_KNOWN:
+                    del self._known[next(iter(self._known))]  # the oldest
+                self._known[digest] = size
+        return size
 
     def _fetch(self, url: str) -> bytes:
         shown = url[:200]

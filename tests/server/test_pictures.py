@@ -98,6 +98,16 @@ def test_openais_formats_are_read(kind: str) -> None:
     assert reader().read(data_uri(encoded(kind), kind.lower())) == (encoded(kind), (8, 6))
 
 
+def test_a_picture_that_comes_again_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = reader()
+    first = pictures.read(data_uri(png(1)))
+    pictures.read(data_uri(png(2)))
+    monkeypatch.setattr("flashvlm_export.runtime.server.pictures.load_image", lambda *_, **__: pytest.fail("decoded"))
+    assert pictures.read(data_uri(png(1))) == first == (png(1), (80, 60))
+    with pytest.raises(pytest.fail.Exception):
+        pictures.read(data_uri(png(3)))
+
+
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "ICO", "PDF", "EPS", "JPEG2000"])
 def test_other_decoders_are_out_of_reach(kind: str) -> None:
     """Also behind the name of another format."""
