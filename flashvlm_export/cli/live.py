@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loop", action="store_true", help="begin a video file again at its end")
     parser.add_argument("--port", metavar="N", type=int, help="show it in the browser at this port; 0 takes a free one")
-    parser.add_argument("--host", default="127.0.0.1", help="address of the page; others than loopback are open to all")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; any but loopback is on the network")
     parser.add_argument(
         "--hosts",
         metavar="NAMES",
