@@ -24,7 +24,7 @@ endif
 POSITIONS ?= contiguous
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test check lint types unit runtime-lanes device-lane page-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
+.PHONY: help install demo serve live test check lint types unit runtime-lanes device-lane page-lane llamacpp-lane vllm-lane test-gpu onnx engine report eval bench bench-export bench-start bench-parity clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 16
@@ -44,6 +44,11 @@ demo: $(DEMO)/bundle/manifest.json ## a picture and seven questions through the 
 
 serve: $(DEMO)/bundle/manifest.json ## flashvlm-tiny at http://127.0.0.1:8000, a page and an OpenAI-compatible API (PORT)
 	$(BIN)/flashvlm serve $(DEMO)/bundle --positions original --port $(PORT)
+
+live: $(DEMO)/bundle/manifest.json ## a video that it makes, and a standing question answered about its newest frame
+	$(BIN)/python examples/moving_scene.py $(DEMO)/clip.mp4
+	$(BIN)/flashvlm live $(DEMO)/bundle --source $(DEMO)/clip.mp4 --positions original --output $(DEMO)/live.mp4 \
+	  --prompt "Is the red circle on the left or on the right?"
 
 $(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors
 	$(BIN)/flashvlm export flashvlm-tiny --output $(DEMO)/bundle --overwrite --precision fp32 --split flashvlm-soft

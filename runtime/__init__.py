@@ -7,6 +7,7 @@
 - ``embeddings.py``  embedding table, padding, splicing
 - ``graph_inputs.py`` photographs and questions as inputs of the graph, for calibration
 - ``sessions/``      backends of the visual graph
+- ``live/``          a camera or a video and a standing question
 - ``llm/``           language-model engines
 - ``image_cache.py`` encoded images by content, in bounded memory
 - ``prompt_file.py`` a pruned prompt as a file for any engine

@@ -59,8 +59,8 @@ def draw_selection(
         part = slice(first, first + rows * columns)
         first = part.stop
         pixels = shown_pixels[min(number, len(shown_pixels) - 1)]
-        left = 0.35 * pixels + 0.65 * _upsample(heat[part].reshape(rows, columns, 3), size)
-        mask = _upsample(kept[part].reshape(rows, columns, 1), size)
+        left = 0.35 * pixels + 0.65 * upsample(heat[part].reshape(rows, columns, 3), size)
+        mask = upsample(kept[part].reshape(rows, columns, 1), size)
         right = np.where(mask > 0, pixels, 0.18 * pixels + 0.05 * 255)
         of_it = "" if len(shown) == 1 else f", {'overview' if number == 0 else 'tiles'}"
         of_it = f", moment {number + 1}" if len(views) > 1 else of_it
@@ -114,7 +114,8 @@ def _colour(values: Array) -> Array:
     return colours
 
 
-def _upsample(cells: Array, size: tuple[int, int]) -> Array:
+def upsample(cells: Array, size: tuple[int, int]) -> Array:
+    """Return ``cells [rows, columns, …]`` as ``[height, width, …]`` of a picture of ``size`` (width, height)."""
     ys = np.arange(size[1]) * cells.shape[0] // size[1]
     xs = np.arange(size[0]) * cells.shape[1] // size[0]
     upsampled: Array = cells[ys[:, None], xs[None]]

@@ -17,10 +17,11 @@ from flashvlm_export.runtime.video import Video, check_frames, check_rate
 
 #: Memory that the sampled frames of one video may take once decoded.
 MOST_BYTES = 1 << 30
+#: How names of pictures end.
+PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 # Frames of a file where nothing is said.
 _FRAMES = 16
-_PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 _FEWER = "take fewer with --frames N, or a lower --fps"
 _CONVERT = "convert it: ffmpeg -i FILE out.mp4"
 
@@ -61,33 +62,31 @@ def read_video(path: str | Path, *, frames: int | None = None, fps: float | None
 
 def _from_folder(path: Path, count: int | None, fps: float | None) -> Video:
     pictures = sorted(
-        file for file in path.iterdir() if file.suffix.lower() in _PICTURES and not file.name.startswith(".")
+        file for file in path.iterdir() if file.suffix.lower() in PICTURES and not file.name.startswith(".")
     )
     count = len(pictures) if count is None else count
     if not 1 <= count <= len(pictures):
         raise VideoError(
             "the folder has too few pictures",
             received=f"{path}: {len(pictures)}",
-            expected=f"at least {max(count, 1)} of {', '.join(sorted(_PICTURES))}",
+            expected=f"at least {max(count, 1)} of {', '.join(sorted(PICTURES))}",
         )
     chosen = [pictures[number * len(pictures) // count] for number in range(count)]
     return Video(chosen, (fps or 1.0) * count / len(pictures))
 
 
 def _from_file(path: Path, count: int | None, fps: float | None) -> Video:
-    with _opened(path) as container:
-        if not container.streams.video:
-            kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
-            raise VideoError("the file has no video", received=f"{path}: {kinds}", expected="a video stream")
+    with opened_video(path) as container:
         unit, times = container.streams.video[0].time_base, _times(path, container)
     places, rate = _sampled(path, [float(time * unit) for time in times], count, fps)
     # Opened anew: to go back to the beginning is not possible in every format.
-    with _opened(path) as container:
+    with opened_video(path) as container:
         return Video(_decoded(path, container, unit, [times[place] for place in places]), rate)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_video(path: Path) -> Iterator[Any]:
+    """Open a file with PyAV; raise :class:`VideoError` for one that has no video, or that cannot be read."""
     try:
         import av
     except ImportError as error:
@@ -96,6 +95,9 @@ def _opened(path: Path) -> Iterator[Any]:
     options = {"protocol_whitelist": "none"}
     try:
         with path.open("rb") as stream, av.open(stream, "r", options=options, metadata_errors="replace") as container:
+            if not container.streams.video:
+                kinds = ", ".join(stream.type for stream in container.streams) or "no stream at all"
+                raise VideoError("the file has no video", received=f"{path}: {kinds}", expected="a video stream")
             yield container
     except av.FFmpegError as error:
         raise VideoError(
@@ -178,19 +180,20 @@ def _decoded(path: Path, container: Any, unit: Fraction, wanted: Sequence[int]) 
                     hint=_FEWER,
                 )
             if frame.is_corrupt:
-                raise _broken(path, float(frame.pts * unit), "it is damaged")
+                raise broken_frame(path, float(frame.pts * unit), "it is damaged")
             found[frame.pts] = frame.to_image().rotate(frame.rotation, expand=True)
             missing.remove(frame.pts)
             if not missing:
                 break
     except av.FFmpegError as error:
-        raise _broken(path, float(missing[0] * unit), str(error.strerror)) from error
+        raise broken_frame(path, float(missing[0] * unit), str(error.strerror)) from error
     if missing:
-        raise _broken(path, float(missing[0] * unit), "it is missing")
+        raise broken_frame(path, float(missing[0] * unit), "it is missing")
     return [found[time] for time in wanted]
 
 
-def _broken(path: Path, seconds: float, how: str) -> VideoError:
+def broken_frame(path: Path, seconds: float, how: str) -> VideoError:
+    """Return the error for a file that is broken at ``seconds``."""
     return VideoError(
         "a frame of the video is broken",
         received=f"{path}, the frame at {seconds:.2f} s or before: {how}",

@@ -266,6 +266,7 @@ def test_readme_commands_exist() -> None:
         "report",
         "run",
         "chat",
+        "live",
         "serve",
         "prompt",
         "dataset",

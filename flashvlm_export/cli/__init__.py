@@ -10,6 +10,7 @@
 - ``run.py``      images and questions → answers
 - ``chat.py``     one question after the other about the same images
 - ``serve.py``    images and questions over HTTP → answers
+- ``live.py``     a camera or a video and a standing question → an answer about each newest frame
 - ``prompt.py``   images and a question → a file for any LLM engine
 - ``report.py``   bundle against PyTorch → one page
 - ``dataset.py``  published benchmark → data set
@@ -34,6 +35,7 @@ from flashvlm_export.cli import (
     export,
     export_triton,
     inspect,
+    live,
     models,
     pack,
     prompt,
@@ -56,6 +58,7 @@ _VERBS = (
     run_,
     chat,
     serve,
+    live,
     prompt,
     report,
     dataset,

@@ -16,6 +16,8 @@ BUDGET_HELP = (
     "visual tokens to keep per image (default: what the graph is optimised for), or of a whole video (default: 22 %% "
     "of its own)"
 )
+DIVISIONS = ("evenly", "relevance")
+DIVISION_HELP = "how the budget of a video is divided over its moments; half of it by their relevance needs --selector"
 
 
 def add_video_arguments(parser: argparse.ArgumentParser, help: str) -> None:
@@ -33,12 +35,7 @@ def add_video_arguments(parser: argparse.ArgumentParser, help: str) -> None:
         type=float,
         help="frames to take per second instead; of a folder of pictures, the rate at which they were taken",
     )
-    parser.add_argument(
-        "--division",
-        choices=("evenly", "relevance"),
-        default="evenly",
-        help="how the budget of a video is divided over its moments; half of it by their relevance needs --selector",
-    )
+    parser.add_argument("--division", choices=DIVISIONS, default="evenly", help=DIVISION_HELP)
 
 
 def video_from(args: argparse.Namespace, bundle: Bundle, path: str) -> Video:

@@ -10,6 +10,7 @@
 - ``guard.py``         keys, hosts, sizes and time of every request
 - ``metrics.py``       Prometheus
 - ``app.py``           the routes
+- ``live.py``          the newest annotated frame of ``flashvlm live``, for viewers
 - ``listening.py``     the socket, until a signal
 - ``ray_app.py``       the same on many machines, a Ray Serve application
 - ``page/``            the page at ``/``

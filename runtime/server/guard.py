@@ -44,7 +44,7 @@ class Guard:
         settings: ServerSettings,
         keys: Sequence[str],
         open_paths: Collection[str],
-        on_refused: Callable[[str], object],
+        on_refused: Callable[[str], object] = lambda status: None,
     ) -> None:
         self._app, self._keys, self._on_refused = app, [key.encode() for key in keys], on_refused
         self._open_paths = frozenset(open_paths)

@@ -45,10 +45,8 @@ def serve(settings: ServerSettings, *, on_ready: Callable[[str], object] = lambd
     keys = read_keys(settings)
     with bound_socket(settings.host, settings.port) as listener, opened(settings) as (vlm, service):
         app = build_app(describe(vlm, settings), ServiceAnswerer(service), settings, keys)
-        host, port = listener.getsockname()[:2]
-        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         with suppress(KeyboardInterrupt):  # how the command hears of the signal that uvicorn has obeyed
-            server_of(app, settings, lambda: on_ready(address)).run(sockets=[listener])
+            server_of(app, settings, lambda: on_ready(address_of(listener))).run(sockets=[listener])
         service.close(finish=False)  # what uvicorn did not wait for, nobody reads
 
 
@@ -146,6 +144,12 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise _not_here(host, port, error) from None
         yield listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the address of a bound socket, for a browser."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _not_here(host: str, port: int, error: OSError) -> ConfigError:

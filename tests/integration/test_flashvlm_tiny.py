@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks/tiny"), str(ROOT / "examples")]
 
 import dataset  # type: ignore[import-not-found]  # a script, found by the path above
 import demo  # type: ignore[import-not-found]  # a script, found by the path above
+import moving_scene  # type: ignore[import-not-found]  # a script, found by the path above
 import scenes  # type: ignore[import-not-found]  # a script, found by the path above
 
 
@@ -134,3 +135,21 @@ def test_a_text_is_drawn_where_its_box_is() -> None:
     assert top <= first_row
     assert last_row < bottom
     assert len(changed) > 40
+
+
+def test_a_moving_scene_is_answered_live(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The circle goes from left to right in three seconds: what is said of a frame is true of that frame."""
+    pytest.importorskip("av", reason="reading videos needs PyAV")
+    clip = tmp_path / "clip.mp4"
+    moving_scene.write_clip(clip, 3.0)
+    command = ["live", str(bundle), "--source", str(clip), "--prompt", moving_scene.QUESTION, "--positions", "original"]
+    assert main([*command, "--max-tokens", "8", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["received"] == 45
+    said = []
+    for answer in told["answers"]:
+        seconds = (answer["frame"] - 1) / moving_scene.FPS
+        if abs(moving_scene.place_at(seconds) - scenes.SIDE // 2) > 40:
+            said.append((answer["answer"].strip(), moving_scene.answer_at(seconds)))
+    assert {right for _, right in said} == {"left", "right"}
+    assert sum(mine == right for mine, right in said) >= 0.9 * len(said)
