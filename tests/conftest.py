@@ -37,7 +37,7 @@ def tiny_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     """The bundle of ``tiny_checkpoint``: graphs in fp32 and fp16, fused and split; fp32 decoder. Do not change it."""
     given = os.environ.get("FLASHVLM_TEST_BUNDLE")
     if given:
-        return Path(given)
+        return Path(given).absolute()
     checkpoint = request.getfixturevalue("tiny_checkpoint")
     from flashvlm_export.export.bundle_from_checkpoint import ExportSettings, bundle_from_checkpoint
 

@@ -638,6 +638,7 @@ def test_the_page_holds_nothing_inline_and_nothing_from_elsewhere() -> None:
         text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|\bstyle=|\bon[a-z]+=\"|<style|javascript:|innerHTML|eval\(", text), file.name
         assert re.findall(r"<script(?![^>]* src=\"page/)", text) == []
-    html = (PAGE / "index.html").read_text(encoding="utf-8")
-    for name in re.findall(r"(?:href|src)=\"page/([^\"]+)\"", html):
-        assert (PAGE / name).is_file()
+    for html in ("index.html", "live.html"):
+        names = re.findall(r"(?:href|src)=\"page/([^\"]+)\"", (PAGE / html).read_text(encoding="utf-8"))
+        assert names
+        assert [name for name in names if not (PAGE / name).is_file()] == []
