@@ -151,6 +151,40 @@ def test_own_sizes_are_those_of_transformers(changes: dict[str, Any], size: tupl
     np.testing.assert_array_equal(have[0], expected)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (300, 900), (336, 336), (50, 41)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"image_processor_type": "LlavaImageProcessor", "do_pad": True},
+        {"do_center_crop": False, "size": {"height": 100, "width": 150}},
+        {"size": {"shortest_edge": 200}},
+        TILES,
+        OWN_SIZE,
+    ],
+)
+def test_view_box_is_where_the_encoder_looks(changes: dict[str, Any], size: tuple[int, int]) -> None:
+    """The levels of a ramp tell where in the picture a pixel of the view comes from."""
+    ramp_x, ramp_y = np.meshgrid(*(50 + 200 * (np.arange(side) + 0.5) / side for side in size))
+    picture = Image.fromarray(np.stack([ramp_x, ramp_y, np.full_like(ramp_x, 255)], axis=2).round().astype(np.uint8))
+    preprocess = ImagePreprocessor(PreprocessorSettings.from_hf({**LLAVA_15, **changes}))
+    left, top, right, bottom = preprocess.view_box(size)
+    view = np.asarray(preprocess.view(picture)).astype(float)
+    rows, columns = view.shape[:2]
+    inside = view[:, :, 2] > 250  # what the picture is padded with is darker
+    ys, xs = np.nonzero(inside)
+    seen_x = (view[ys, xs, 0] - 50) / 200
+    seen_y = (view[ys, xs, 1] - 50) / 200
+    # Where the middle of a pixel of the view lies, by the box.
+    at_x = left + (xs + 0.5) / columns * (right - left)
+    at_y = top + (ys + 0.5) / rows * (bottom - top)
+    # Two pixels of the smaller of picture and view, as far as resizing mixes padding in, and rounding to levels.
+    tolerance = 2 / min(*size, rows, columns) + 2 / 200
+    assert np.abs(seen_x - at_x).max() < tolerance
+    assert np.abs(seen_y - at_y).max() < tolerance
+    assert inside.all() == (left >= 0 and top >= 0)
+
+
 def test_batch_is_each_image_on_its_own() -> None:
     preprocessor = ImagePreprocessor(PreprocessorSettings.from_hf({"size": 24, "crop_size": 24}))
     images = [noise(50, 40), noise(24, 24), noise(30, 90)]
