@@ -33,10 +33,10 @@ NEAR_TIE = 1e-4
 
 @pytest.fixture(scope="module")
 def prompts(tiny_bundle: Path) -> list[PrunedPrompt]:
-    """Twelve, at 7 of 16 visual tokens."""
+    """Twelve, at 7 of 16 visual tokens, and one without an image."""
     with Pipeline.open(tiny_bundle, precision="fp32", llm=None) as vlm:
         requests = [Request([getattr(skimage.data, name)()], text) for name in PHOTOGRAPHS for text in QUESTIONS]
-        return vlm.encode(requests, budget=7)
+        return vlm.encode([*requests, Request([], "Who are you?")], budget=7)
 
 
 @pytest.fixture(scope="module")
