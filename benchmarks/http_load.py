@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,9 @@ def run_locust(url: str, asked: list[dict[str, Any]], answers: list[str], client
     }
 
 
-def watched(process: psutil.Process, every_s: float, stop: threading.Event, sizes: list[float]) -> None:
+def watched(process: psutil.Process | None, every_s: float, stop: threading.Event, sizes: list[float]) -> None:
     """Note the memory of ``process``, in MiB, until told to stop."""
-    while not stop.wait(every_s):
+    while process is not None and not stop.wait(every_s):
         sizes.append(process.memory_info().rss / MIB)
 
 
@@ -130,6 +130,7 @@ def main() -> int:
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("bundle", type=Path, help="exported with --split")
+    parser.add_argument("--url", help="load a server that runs already, with this bundle, instead of one of our own")
     parser.add_argument("data", type=Path, help="questions, as flashvlm eval reads them")
     parser.add_argument("--clients", default="1,8,64")
     parser.add_argument("--budgets", default="128,full")
@@ -140,7 +141,7 @@ def main() -> int:
     args = parser.parse_args()
     budgets = [text if text == "full" else int(text) for text in args.budgets.split(",")]
     result: dict[str, Any] = {"benchmark": "http_load", "max_answers": args.max_answers, "rows": []}
-    with server(args.bundle, args.max_answers) as (url, process):
+    with nullcontext((args.url, None)) if args.url else server(args.bundle, args.max_answers) as (url, process):
         model = requests.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
         print(
             f"{'budget':>8}{'clients':>9}{'requests/s':>12}{'first token p50, p99, ms':>28}{'wrong':>7}",
@@ -164,9 +165,10 @@ def main() -> int:
             row = run_locust(url, asked, answers, 64, args.soak)
             stop.set()
             watcher.join()
-            part = max(1, len(sizes) // 10)
-            first, last = sizes[part : 2 * part], sizes[-part:]
-            row |= {"rss_mib": {"second_tenth": max(first, default=0.0), "last_tenth": max(last), "most": max(sizes)}}
+            if sizes:
+                tenth = max(1, len(sizes) // 10)
+                parts = {"second_tenth": sizes[tenth : 2 * tenth], "last_tenth": sizes[-tenth:], "all": sizes}
+                row |= {f"rss_mib_{name}": round(max(part, default=0.0), 1) for name, part in parts.items()}
             result["soak"] = row
             print(f"soak: {row}", file=sys.stderr)
     finish(result, args.output)
