@@ -120,7 +120,7 @@ def kinds(model: str, visual_tokens: int) -> list[Kind]:
         Kind("JSON nested 100,000 deep", post(nested), ("400 json_invalid", "400 None")),
         Kind("no JSON: bytes", post(b"\xff\xfe\x00" * 99), ("400 json_invalid", "400 None")),
         Kind("another type: a list", post(b"[]"), ("400 model_attributes_type", "400 model_type")),
-        Kind("unknown field", post(body(model, good, tools=[])), ("400 extra_forbidden",)),
+        Kind("unknown field", post(body(model, good, root=True)), ("400 unsupported_parameter",)),
         Kind(
             "NaN as temperature",
             post(body(model, good).replace(b'"max_tokens": 8', b'"temperature": NaN')),

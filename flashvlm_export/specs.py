@@ -335,6 +335,6 @@ def check_budget(budget: object, num_patches: int, what: str = "one image") -> i
             "the token budget is out of range",
             received=value,
             expected=f"1 to {num_patches}, the visual tokens of {what}",
-            hint=f"use --budget {num_patches} to keep every token",
+            hint=f"{num_patches} keeps every token",
         )
     return value

@@ -31,7 +31,7 @@ class Chat:
     ) -> None:
         self.vlm = vlm
         self.pruning = Pruning() if pruning is None else pruning
-        if self.pruning.budget is not None:  # what no question can mend
+        if self.pruning.budget not in (None, "full"):  # what no question can mend
             check_budget(self.pruning.budget, vlm.visual_tokens * (MOST_FRAMES if vlm.inputs.video else 1))
         self.reselect = reselect
         self.system = system

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Union
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flashvlm_export.errors import ImageError
 from flashvlm_export.files import sha256_of
@@ -172,7 +172,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
 
 def _decode(stream: BinaryIO, name: str, limit_pixels: int, formats: Collection[str] | None) -> Image.Image:
     if not stream.read(1):
-        raise ImageError("the image file is empty", received=f"{name}: 0 bytes")
+        raise ImageError("the image file is empty", received=name)
     stream.seek(0)
     with _open(stream, name, limit_pixels, formats) as image:
         return _to_rgb(image, name, limit_pixels)
@@ -197,7 +197,7 @@ def _open(stream: BinaryIO, name: str, limit_pixels: int, wanted: Collection[str
     except Exception as error:  # damaged headers make Pillow's plugins raise almost anything
         raise ImageError(
             "this is not an image that can be read",
-            received=f"{name}: {error}",
+            received=f"{name}: {'of no known format' if isinstance(error, UnidentifiedImageError) else error}",
             expected=", ".join(wanted)
             if wanted
             else "PNG, JPEG, WebP, GIF, BMP, TIFF, or another format that Pillow reads",

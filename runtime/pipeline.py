@@ -32,6 +32,7 @@ from flashvlm_export.runtime.llm.registry import make_llm, require_same_model
 from flashvlm_export.runtime.prompt import TokenizedPrompt
 from flashvlm_export.runtime.request import (
     Answer,
+    Budget,
     Division,
     PrunedPrompt,
     Pruning,
@@ -173,7 +174,7 @@ class Pipeline:
         self,
         requests: Sequence[Request],
         *,
-        budget: int | None = None,
+        budget: Budget | None = None,
         text_span: TextSpan = "prompt",
         positions: Positions | None = None,
         selector: str | None = None,
@@ -454,7 +455,7 @@ class Pipeline:
         image: ImageSource | Video,
         question: str,
         *,
-        budget: int | None = None,
+        budget: Budget | None = None,
         params: SamplingParams | None = None,
         text_span: TextSpan = "prompt",
         positions: Positions | None = None,

@@ -51,6 +51,8 @@ class SelectedImage:
 
 #: What a question can be about.
 Visual: TypeAlias = ImageSource | Video | SelectedImage
+#: Visual tokens to keep, or all of them.
+Budget: TypeAlias = int | Literal["full"]
 #: How the budget of a video is divided over its moments.
 Division = Literal["evenly", "relevance"]
 
@@ -123,9 +125,9 @@ class Pruning:
     """How many visual tokens of each image are kept, which, and where they then stand.
 
     Attributes:
-        budget: visual tokens to keep per image, ``1..N``; ``None`` for what the graph was optimised for. An image in
-            tiles may have fewer than the model's most: it then keeps them all. Of a video it is that of the whole clip,
-            at least 1 for each moment; ``None`` keeps 22.2 %, as the paper does of an image.
+        budget: visual tokens to keep per image, ``1..N``, or ``full``; ``None`` for what the graph was optimised for.
+            An image in tiles may have fewer than the model's most: it then keeps them all. Of a video it is that of
+            the whole clip, at least 1 for each moment; ``None`` keeps 22.2 %, as the paper does of an image.
         text_span: text that guides selection: the whole ``prompt``, as the authors do, or the user's ``question``
             alone.
         positions: of the rows: ``contiguous`` closes the gaps that pruning leaves, as the authors do, so that the
@@ -140,7 +142,7 @@ class Pruning:
         ConfigError: if there are no such positions, or no such division.
     """
 
-    budget: int | None = None
+    budget: Budget | None = None
     text_span: TextSpan = "prompt"
     positions: Positions | None = None
     selector: str | None = None

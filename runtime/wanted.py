@@ -108,7 +108,8 @@ def want_image(source: ImageSource, guide: Array, pruning: Pruning, *, usual: in
     Raises:
         BudgetError: if the budget is not 1 to ``most``.
     """
-    budget = check_budget(usual if pruning.budget is None else pruning.budget, most)
+    asked_for = usual if pruning.budget is None else pruning.budget
+    budget = most if asked_for == "full" else check_budget(asked_for, most)
     seen_as: Literal["image", "one of several"] = "one of several" if several else "image"
     return Wanted([Picture((source,), seen_as)], guide, budget, pruning)
 
@@ -128,12 +129,14 @@ def want_video(video: Video, guide: Array, pruning: Pruning, settings: VideoSett
             expected=f"at least 1 for each of its {len(moments)} moments ({len(frames)} frames)",
             hint="keep more visual tokens, or take fewer frames",
         )
-    if pruning.budget is not None:
-        check_budget(pruning.budget, len(moments) * most_each, f"{len(moments)} moments at most")
+    most = len(moments) * most_each
+    budget = most if pruning.budget == "full" else pruning.budget
+    if budget is not None:
+        check_budget(budget, most, f"{len(moments)} moments at most")
     # In float32, as transformers counts them.
     interval = np.float32(settings.steps_per_second * step / video.fps)
     times = (np.arange(len(moments), dtype=np.float32) * interval).astype(np.int64)
-    return Wanted(moments, guide, pruning.budget, pruning, times.tolist())
+    return Wanted(moments, guide, budget, pruning, times.tolist())
 
 
 def divided(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:

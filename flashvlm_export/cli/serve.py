@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashvlm_export.cli.output import print_json, talk
 from flashvlm_export.errors import DependencyError, install_hint
+
+if TYPE_CHECKING:
+    from flashvlm_export.runtime.server.conversation import Model
+    from flashvlm_export.runtime.service import Service
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,11 +47,25 @@ def run(args: argparse.Namespace) -> None:
             "the server needs FastAPI, uvicorn and prometheus-client", received=str(error), hint=install_hint("serve")
         ) from error
     say = talk(args.json)
-    for name in names:
-        say(f"  {name}: {getattr(settings, name)}")
-    if not settings.on_loopback and settings.api_keys is None:
-        say(f"  anybody who reaches {settings.host} may ask: --api-keys FILE, or --host 127.0.0.1, shuts others out")
-    serve(settings, on_ready=lambda address: say(f"listening at {address}, Ctrl-C ends"))
+    result: dict[str, Any] = {"verb": "serve", "bundle": str(settings.bundle)}
+
+    def ready(address: str, service: Service, model: Model) -> None:
+        selectors = ", ".join(model.selectors) or "the graph's own"
+        result.update(model=model.name, address=address, selectors=list(model.selectors))
+        say(f"  model: {model.name}, {model.visual_tokens} visual tokens, {model.default_budget} kept by default")
+        say(f"  selectors: {selectors}; language model: {settings.llm}")
+        say(f"  at once: {service.max_answers} answers; {service.max_queue} requests wait")
+        for option in ServerSettings.options():
+            value = getattr(settings, option.name)
+            if value != option.default:
+                say(f"  {option.name}: {value}")
+        if not settings.on_loopback and settings.api_keys is None:
+            say(
+                f"  anybody who reaches {settings.host} may ask: --api-keys FILE, or --host 127.0.0.1, shuts others out"
+            )
+        say(f"listening at {address}, Ctrl-C ends")
+
+    serve(settings, on_ready=ready)
     say("finished what was running; no longer listening")
     if args.json:
-        print_json({"verb": "serve", "bundle": str(settings.bundle), "model": settings.name})
+        print_json(result)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BUDGET_HELP = (
     "visual tokens to keep per image (default: what the graph is optimised for), or of a whole video (default: 22 %% "
-    "of its own)"
+    "of its own); full keeps all"
 )
 DIVISIONS = ("evenly", "relevance")
 DIVISION_HELP = "how the budget of a video is divided over its moments; half of it by their relevance needs --selector"

@@ -52,6 +52,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     intake = Intake(model, settings)
     at_a_time = CapacityLimiter(_INTAKE_THREADS)
     created = int(time.time())
+    default_budget = settings.token_budget or model.default_budget
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -66,7 +67,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     def card() -> dict[str, Any]:
         ours = {
             "visual_tokens": model.visual_tokens,
-            "default_budget": settings.token_budget or model.default_budget,
+            "default_budget": model.visual_tokens if default_budget == "full" else default_budget,
             "selectors": list(model.selectors),
             "max_images": settings.max_images,
             "max_image_pixels": intake.pictures.limit_pixels,
@@ -137,7 +138,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await failed(request, _not_valid(error))
+        return await failed(request, _not_valid(error, request.headers.get("content-type", "none")))
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> JSONResponse:
@@ -231,12 +232,16 @@ def _gone(metrics: Metrics) -> Response:
     return Response(status_code=499)
 
 
-def _not_valid(error: RequestValidationError) -> ApiError:
+def _not_valid(error: RequestValidationError, content_type: str) -> ApiError:
     """Name the first field that is wrong, as OpenAI does; where it could be one of several things, each of them."""
     errors = [(each["loc"][1:], each) for each in error.errors()]
     place, first = errors[0]
     if not place or first["type"] == "json_invalid":
-        return ApiError(400, f"the request's body is not what was expected: {first['msg']}", code=str(first["type"]))
+        named = content_type.partition(";")[0].strip().lower() == "application/json"
+        wrong = first["msg"] if named else f"its Content-Type is {content_type[:80]}, not application/json"
+        return ApiError(400, f"the request's body is not what was expected: {wrong}", code=str(first["type"]))
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{place[0]} is not supported here", param=str(place[0]), code="unsupported_parameter")
     of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]]
     message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)
     return ApiError(400, message, param=str(place[0]), code=str(first["type"]))

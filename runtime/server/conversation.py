@@ -108,7 +108,7 @@ class Intake:
             raise ApiError(
                 400,
                 f"an answer has at most {self.settings.max_answer_tokens} tokens here, not {count}",
-                param="max_completion_tokens",
+                param="max_completion_tokens" if body.max_tokens is None else "max_tokens",
                 code="invalid_value",
             )
         stop = [body.stop] if isinstance(body.stop, str) else body.stop
@@ -117,10 +117,9 @@ class Intake:
         return SamplingParams(count, body.temperature, body.top_k, body.top_p, body.seed, tuple(stop))
 
     def _pruning(self, body: ChatRequest) -> Pruning:
-        asked_for = self.model.visual_tokens if body.token_budget == "full" else body.token_budget
-        if asked_for is not None:
-            check_budget(asked_for, self.model.visual_tokens)
-        budget = self.settings.token_budget if asked_for is None else asked_for
+        if isinstance(body.token_budget, int):
+            check_budget(body.token_budget, self.model.visual_tokens)
+        budget = self.settings.token_budget if body.token_budget is None else body.token_budget
         if body.selector is not None and body.selector not in self.model.selectors:
             those = f", only {', '.join(self.model.selectors)}" if self.model.selectors else ": the graph has its own"
             message = f"there is no selector {body.selector!r} here{those}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -32,21 +33,22 @@ _MAX_ANSWERS = 8
 _MOST_HEADER_BYTES = 32 << 10
 
 
-def serve(settings: ServerSettings, *, on_ready: Callable[[str], object] = lambda address: None) -> None:
+def serve(settings: ServerSettings, *, on_ready: Callable[[str, Service, Model], object]) -> None:
     """Answer until a signal comes; a second one leaves what runs unfinished.
 
     Args:
         settings: of everything.
-        on_ready: hears the address once clients can connect.
+        on_ready: hears the address, what answers there, and what clients are told of it, once they can connect.
 
     Raises:
         FlashVLMError: if the address is taken, or the model cannot be opened.
     """
     keys = read_keys(settings)
     with bound_socket(settings.host, settings.port) as listener, opened(settings) as (vlm, service):
-        app = build_app(describe(vlm, settings), ServiceAnswerer(service), settings, keys)
+        model = describe(vlm, settings)
+        app = build_app(model, ServiceAnswerer(service), settings, keys)
         with suppress(KeyboardInterrupt):  # how the command hears of the signal that uvicorn has obeyed
-            server_of(app, settings, lambda: on_ready(address_of(listener))).run(sockets=[listener])
+            server_of(app, settings, lambda: on_ready(address_of(listener), service, model)).run(sockets=[listener])
         service.close(finish=False)  # what uvicorn did not wait for, nobody reads
 
 
@@ -156,7 +158,7 @@ def _not_here(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(
         "the server cannot listen at this address",
         received=f"{host} port {port}: {error.strerror or error}",
-        hint="another --port, or 0 for a free one; --host 127.0.0.1 is always there",
+        hint="another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else "--host 127.0.0.1",
     )
 
 
@@ -174,7 +176,7 @@ def service_of(vlm: Pipeline, settings: ServerSettings) -> Service:
         FlashVLMError: if the pipeline is not one for these settings.
     """
     assert vlm.llm is not None  # settings.llm always names one
-    if settings.token_budget is not None:
+    if isinstance(settings.token_budget, int):
         check_budget(settings.token_budget, vlm.visual_tokens)
     if (settings.positions or vlm.bundle.manifest.default_positions) == "original":
         vlm.llm.require_gaps()
@@ -228,7 +230,9 @@ def read_keys(settings: ServerSettings) -> list[str]:
         keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "the API keys cannot be read", received=f"{file}: {error}", expected="one key a line"
+            "the API keys cannot be read",
+            received=f"{file}: {getattr(error, 'strerror', None) or error}",
+            expected="one key a line",
         ) from None
     if not keys:
         raise ConfigError("there is no API key", received=f"{file}: no line with text", expected="one key a line")

@@ -26,7 +26,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from flashvlm_export.errors import FlashVLMError
+from flashvlm_export.bundle import Bundle
+from flashvlm_export.errors import ConfigError, FlashVLMError
 from flashvlm_export.runtime.request import Pruning, Request, SelectedImage
 from flashvlm_export.runtime.server.answering import Done, Event, Load, ServiceAnswerer
 from flashvlm_export.runtime.server.api_errors import LATER, ApiError
@@ -60,8 +61,12 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
     Raises:
         ConfigError: if a setting does not exist, or is out of range.
+        BundleError: if there is no such bundle, or it is damaged.
     """
     settings = ClusterSettings.of(args)
+    if {"host", "port"} & set(args):
+        raise ConfigError("address and port of a cluster are Ray's", received="host or port", expected="http_options")
+    Bundle.open(settings.bundle)  # else each replica would say so, again and again
     cpus = settings.replica_cpus
 
     def asgi() -> FastAPI:
@@ -82,7 +87,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     ingress = serve.deployment(
         name="Ingress",
         max_ongoing_requests=1000,  # of which each waits for replicas behind it, which have limits of their own
-        ray_actor_options={"num_cpus": cpus},
+        ray_actor_options={"num_cpus": 0},
     )(serve.ingress(asgi)())
     return ingress.bind(visual.bind(settings), decoder.bind(settings))
 

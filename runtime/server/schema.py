@@ -86,8 +86,16 @@ class ChatRequest(_Strict):
     presence_penalty: float = Field(0.0, ge=0, le=0)
     logprobs: Literal[False] = False
     response_format: ResponseFormat | None = None
+    logit_bias: dict[str, float] = Field({}, max_length=0)
+    modalities: list[Literal["text"]] | None = None
+    tools: list[Any] = Field([], max_length=0)
+    tool_choice: Literal["none", "auto"] = "none"
     # Of no effect on an answer.
+    parallel_tool_calls: bool = False
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: str | None = None
     store: Literal[False] = False
     metadata: dict[str, str] | None = None
 

@@ -49,7 +49,8 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     # What a request gets that does not say.
     token_budget: Annotated[
-        Count | None, _about("visual tokens to keep of an image (default: what the graph is optimised for)")
+        Count | Literal["full"] | None,
+        _about("visual tokens to keep of an image, or full for all (default: what the graph is optimised for)"),
     ] = None
     text_span: Annotated[TextSpan, _about("text that guides selection")] = "prompt"
     positions: Annotated[
@@ -115,7 +116,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise ConfigError(
                 "the server cannot be set up so",
                 received=str(error),
-                expected="what flashvlm serve --help lists" + (f", in {file} with underscores" if file else ""),
+                expected=f"one of {', '.join(cls.__struct_fields__)}"
+                if "unknown field" in str(error)
+                else "see flashvlm serve --help",
             ) from None
 
     @classmethod
@@ -150,7 +153,9 @@ class Option(NamedTuple):
         """Read an annotation such as ``Annotated[int | None, Meta(description=…)]``."""
         inner, *_, about = get_args(hint)
         if get_origin(inner) in (Union, UnionType):
-            (inner,) = [each for each in get_args(inner) if each is not type(None)]
+            inner, *others = [each for each in get_args(inner) if each is not type(None)]
+            if others:  # such as a number or a word: a text, of which msgspec makes either
+                inner = str
         if get_origin(inner) is Annotated:
             inner = get_args(inner)[0]
         choices = get_args(inner) if get_origin(inner) is Literal else ()

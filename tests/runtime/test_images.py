@@ -165,8 +165,8 @@ def test_path_problems_are_named(tmp_path: Path) -> None:
         Path("/dev/null"): "not a regular file",
         "a\0b.png": "received",
         "x" * 5000: "",
-        tmp_path / "empty.png": "0 bytes",
-        tmp_path / "text.png": "cannot identify",
+        tmp_path / "empty.png": "the image file is empty",
+        tmp_path / "text.png": "of no known format",
     }
     for source, said in cases.items():
         with pytest.raises(ImageError) as caught:
@@ -236,7 +236,7 @@ def test_pillows_own_limit_is_an_image_error_and_its_warning_stays_inside(
 def test_eps_is_not_handed_to_ghostscript() -> None:
     content = io.BytesIO()
     scene().save(content, "EPS")
-    with pytest.raises(ImageError, match="cannot identify"):
+    with pytest.raises(ImageError, match="of no known format"):
         load_image(content.getvalue())
 
 

@@ -231,6 +231,13 @@ def test_budget_is_refused_before_anything_runs(pipeline: Pipeline, budget: obje
         pipeline.encode([Request(["no such file.png"], "What is it?")], budget=budget)
 
 
+def test_full_keeps_every_token(pipeline: Pipeline) -> None:
+    (full,) = pipeline.encode([Request([picture()], "What is it?")], budget="full")
+    assert full.indices[0].tolist() == list(range(16))
+    with pytest.raises(BudgetError, match="not a whole number"):
+        pipeline.encode([Request([picture()], "What is it?")], budget="most")
+
+
 def test_requests_that_make_no_sense(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError, match="no requests"):
         pipeline.encode([])

@@ -147,6 +147,14 @@ def test_images_are_encoded_once(client: Any) -> None:
     assert "encode" not in again.flashvlm["stage_ms"]
 
 
+def test_fields_that_clients_send_by_habit_are_taken(client: Any) -> None:
+    habits = {"n": 1, "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "logit_bias": {}}
+    habits |= {"tool_choice": "auto", "service_tier": "auto", "response_format": {"type": "text"}, "user": "somebody"}
+    plain = ask(client, [user(QUESTION, png(1))], max_tokens=8)
+    got = ask(client, [user(QUESTION, png(1))], max_tokens=8, **habits)
+    assert got.choices[0].message.content == plain.choices[0].message.content
+
+
 def test_words_alone_are_answered(client: Any, vlm: Pipeline) -> None:
     got = ask(client, [{"role": "user", "content": "Who are you?"}], max_tokens=8)
     assert got.choices[0].message.content == alone(vlm, Request([], "Who are you?"), Pruning(), SamplingParams(8)).text
@@ -207,7 +215,7 @@ def test_models_are_listed(client: Any) -> None:
         ({"token_budget": True}, 400, "token_budget", None, "integer"),
         ({"selector": "other"}, 400, "selector", "invalid_value", "only flashvlm, divprune, cdpruner"),
         ({"positions": "left"}, 400, "positions", "literal_error", "'contiguous' or 'original'"),
-        ({"max_tokens": 1025}, 400, "max_completion_tokens", "invalid_value", "at most 1024 tokens here, not 1025"),
+        ({"max_tokens": 1025}, 400, "max_tokens", "invalid_value", "at most 1024 tokens here, not 1025"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater_than_equal", "greater than or equal to 1"),
         ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "max_tokens", None, "give one of them"),
         ({"max_tokens": 1020}, 400, "messages", "context_length_exceeded", "too long for the language model"),
@@ -217,7 +225,8 @@ def test_models_are_listed(client: Any) -> None:
         ({"stop": ""}, 400, None, "invalid_value", "stop"),
         ({"n": 2}, 400, "n", "literal_error", "1"),
         ({"logprobs": True}, 400, "logprobs", "literal_error", "False"),
-        ({"tools": []}, 400, "tools", "extra_forbidden", "not permitted"),
+        ({"tools": [{"type": "function"}]}, 400, "tools", "too_long", "at most 0 items"),
+        ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter", "is not supported here"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty", "less_than_equal", "0"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "literal_error", "text"),
         ({"seed": -1}, 400, "seed", "greater_than_equal", "0"),

@@ -127,6 +127,7 @@ def test_a_form_of_another_page_is_not_taken(tiny_bundle: Path) -> None:
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
             status, _, error = post(url, body(), {"Content-Type": kind})
             assert (status, error["error"]["type"]) == (400, "invalid_request_error"), kind
+            assert f"Content-Type is {kind}, not application/json" in error["error"]["message"]
         connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
         connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://evil.example"})
         response = connection.getresponse()

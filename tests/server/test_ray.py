@@ -23,7 +23,7 @@ psutil = pytest.importorskip("psutil", reason="finds the replicas' processes")
 
 from helpers.serving import png, user
 
-from flashvlm_export.errors import ConfigError
+from flashvlm_export.errors import BundleError, ConfigError
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Exchange, Pruning, Request
@@ -184,3 +184,7 @@ def test_settings_are_those_of_the_server(tiny_bundle: Path) -> None:
     for wrong in ({"visual_replicas": "0"}, {"visual_replicsa": "1"}, {"decoder_gpus": "-1"}):
         with pytest.raises(ConfigError, match="cannot be set up so"):
             app({"bundle": str(tiny_bundle), **wrong})
+    with pytest.raises(ConfigError, match="Ray's"):
+        app({"bundle": str(tiny_bundle), "port": "9000"})
+    with pytest.raises(BundleError, match="no bundle at this path"):
+        app({"bundle": "/none"})

@@ -177,6 +177,15 @@ def test_mistakes_end_in_one_message(
 
 def test_json_comes_last(tiny_bundle: Path) -> None:
     with serving(tiny_bundle, "--name", "tiny", "--json") as served:
-        assert "max_queue: 64" in "".join(served.lines)
+        shown = "".join(served.lines)
         assert served.stop() == 0
-    assert json.loads(served.lines[-1]) == {"verb": "serve", "bundle": str(tiny_bundle), "model": "tiny"}
+    assert "  model: tiny, 16 visual tokens" in shown
+    assert "  name: tiny\n" in shown
+    assert "max_queue" not in shown, "nobody changed it"
+    assert json.loads(served.lines[-1]) == {
+        "verb": "serve",
+        "bundle": str(tiny_bundle),
+        "model": "tiny",
+        "address": served.url,
+        "selectors": ["flashvlm", "divprune", "cdpruner"],
+    }
