@@ -60,6 +60,14 @@ def bomb(width: int, height: int) -> bytes:
     )
 
 
+def scans(count: int) -> bytes:
+    """Return a progressive JPEG with so many scans more than it needs."""
+    stream = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    return content[:-2] + content[content.rindex(b"\xff\xda") : -2] * count + content[-2:]
+
+
 def body(model: str, *urls: str, text: str = "What is it?", **more: Any) -> bytes:
     """Return a request about the pictures at ``urls``."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
@@ -131,6 +139,9 @@ def kinds(model: str, visual_tokens: int) -> list[Kind]:
             post(body(model, good).replace(b": 8", b": " + b"9" * 5000)),
             ("400 json_invalid", "400 None"),
         ),
+        Kind("a stop text of 1 MB", post(body(model, good, stop="x" * 1_000_000)), ("400 string_too_long",)),
+        Kind("100,000 messages of nothing", post(body(model, good, messages=[{}] * 100_000)), ("400 too_long",)),
+        Kind("JPEG of 1,000 scans", post(body(model, uri(scans(1000)))), bad_image),
         Kind(
             "another content type",
             post(body(model, good), kind="text/plain"),
@@ -241,6 +252,17 @@ def keep_asking(url: str, content: bytes, expected: str, stop: threading.Event, 
         answers["right" if right else f"{response.status_code} {response.text[:200]}"] += 1
 
 
+def busy(url: str) -> int:
+    """Return how many requests are still being worked on, once the good ones have ended and a while has passed."""
+    for _ in range(100):
+        lines = requests.get(f"{url}/metrics", timeout=60).text.splitlines()
+        counts = [line.split() for line in lines if line.startswith(("flashvlm_queue_req", "flashvlm_running_req"))]
+        if not (count := sum(int(float(value)) for _, value in counts)):
+            return 0
+        time.sleep(0.1)
+    return count
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -269,6 +291,7 @@ def main() -> int:
             played = list(clients.map(lambda kind: play(url, kind), everything))
         stop.set()
         good.join()
+        left = busy(url)
         grown = process.memory_info().rss / MIB - before
         open_files = process.num_fds()
     wrong = 0
@@ -291,11 +314,12 @@ def main() -> int:
             "good_client": dict(answers),
             "memory_grown_mib": round(grown, 1),
             "open_files": open_files,
+            "still_worked_on": left,
             "kinds": table,
         },
         args.output,
     )
-    return 1 if wrong or set(answers) != {"right"} or grown > 64 else 0
+    return 1 if wrong or left or set(answers) != {"right"} or grown > 64 else 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@
     ├── CalibrationError      images that give no usable ranges, or an INT8 graph outside its tolerance
     ├── TargetError           the engine cannot be built on this machine
     ├── SessionError          a backend that is missing, or inputs it cannot take
-    ├── LLMError              the language model cannot take this prompt
+    ├── LLMError              the language model cannot answer
+    │   └── PromptTooLongError  prompt and answer do not fit into its context
     ├── QueueFullError        as many requests wait as may
     ├── ReportError           a check of a report that failed
     ├── WorkerError           a process that measures and ended, or raised what it should not
@@ -126,7 +127,11 @@ class SessionError(FlashVLMError):
 
 
 class LLMError(FlashVLMError):
-    """The language model engine cannot take this prompt or these settings."""
+    """The language model engine cannot take this prompt or these settings, or failed."""
+
+
+class PromptTooLongError(LLMError):
+    """The prompt, or prompt and answer together, take more positions than the language model has."""
 
 
 class QueueFullError(FlashVLMError):

@@ -147,7 +147,7 @@ def data_url_bytes(url: str) -> bytes:
     """Return the file inside a ``data:image/...;base64,`` URL; raises :class:`ImageError` if it has no such form."""
     header, _, payload = url.partition(",")
     try:
-        if not (header.startswith("data:image/") and header.endswith(";base64")):
+        if not (header.lower().startswith("data:image/") and header.lower().endswith(";base64")):
             raise ValueError("no image in base64")
         return base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError) as error:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import BundleError, ConfigError, LLMError, UsageError
+from flashvlm_export.errors import BundleError, ConfigError, LLMError, PromptTooLongError, UsageError
 from flashvlm_export.manifest import Positions, TextSpan
 from flashvlm_export.runtime.embeddings import pad_text, splice, splice_axes, splice_positions
 from flashvlm_export.runtime.graph_inputs import GraphInputs, PreparedImage, visual_feeds
@@ -287,7 +287,7 @@ class Pipeline:
         noun = "image or video" if "video" in prompt.media else "image"
         fitting = (most - text - sum(chosen)) // open_images if open_images else 0
         fitting = min(fitting, max((len(each.pictures) for each in wanted), default=0) * self.visual_tokens)
-        raise LLMError(
+        raise PromptTooLongError(
             "the prompt is too long for the language model",
             received=f"{length} positions: {text} of text, {length - text} of {len(images)} {noun}(s)",
             expected=f"at most {most}, and one for the answer",
@@ -335,15 +335,16 @@ class Pipeline:
         return FlashVLMConfig()
 
     def _prepared(self, pictures: Sequence[Picture], clock: Clock) -> list[PreparedImage]:
-        loaded = [[load_image(frame) for frame in picture.frames] for picture in pictures]
-        clock.lap("load_images")
-        prepared = [
-            self.inputs.prepare_moment(frames)
-            if picture.seen_as == "moment"
-            else self.inputs.prepare(frames[0], several=picture.seen_as == "one of several")
-            for frames, picture in zip(loaded, pictures, strict=True)
-        ]
-        clock.lap("preprocess")
+        prepared = []
+        for picture in pictures:  # one after the other: decoded, a picture can be as large as a thousand prepared ones
+            frames = [load_image(frame) for frame in picture.frames]
+            clock.lap("load_images")
+            prepared.append(
+                self.inputs.prepare_moment(frames)
+                if picture.seen_as == "moment"
+                else self.inputs.prepare(frames[0], several=picture.seen_as == "one of several")
+            )
+            clock.lap("preprocess")
         return prepared
 
     def _encoded(self, pictures: Sequence[Picture], clock: Clock) -> list[EncodedImage]:

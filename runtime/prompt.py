@@ -116,6 +116,8 @@ class PromptBuilder:
             UsageError: if there are videos, and the model takes none.
         """
         _check_text(question, "question")
+        for each in (system or "", *(text for turn in history for text in (turn.question, turn.answer))):
+            _check_unicode(each, "conversation")
         text = self._render(question, media, system, history)
         start, end = _locate(question, text, self._render(_MARKER, media, system, history))
         return self._tokenize(text, [*(each for turn in history for each in turn.media), *media], (start, end))
@@ -307,6 +309,10 @@ def _message(role: str, text: str, media: Sequence[Medium] = ()) -> dict[str, An
 def _check_text(text: object, name: str) -> None:
     if not isinstance(text, str) or not text.strip():
         raise PromptError(f"the {name} is empty", received=repr(text), expected="text")
+    _check_unicode(text, name)
+
+
+def _check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -29,7 +29,12 @@ class StopStrings:
         text = self._held + piece
         found = [(start + len(string), start) for string in self._strings if (start := text.find(string)) >= 0]
         self.found = bool(found)
-        begun = (n for string in self._strings for n in range(1, len(string)) if text.endswith(string[:n]))
+        begun = (
+            n
+            for string in self._strings
+            for n in range(1, min(len(string), len(text) + 1))
+            if text.endswith(string[:n])
+        )
         stays = min(found)[1] if found else len(text) - max(begun, default=0)
         self._held = "" if self.found else text[stays:]
         return text[:stays]

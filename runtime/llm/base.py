@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from flashvlm_export.errors import ConfigError, LLMError
+from flashvlm_export.errors import ConfigError, LLMError, PromptTooLongError
 from flashvlm_export.specs import Array
 
 Embed = Callable[[Array], Array]
@@ -355,7 +355,7 @@ class LLMEngine(ABC):
         if end + params.max_new_tokens > most:
             room = most - params.max_new_tokens
             shorter = "shorten the question" if end > len(counted) else "keep fewer visual tokens (a smaller budget)"
-            raise LLMError(
+            raise PromptTooLongError(
                 "prompt and answer together are too long for the language model",
                 received=f"{end} prompt positions + up to {params.max_new_tokens} new tokens",
                 expected=f"at most {most} together",

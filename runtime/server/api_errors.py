@@ -7,16 +7,19 @@ what the client can mend, 401 without a good key, 404 for another model, 413 and
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from flashvlm_export.errors import (
     BudgetError,
     FlashVLMError,
     ImageError,
-    LLMError,
+    PromptTooLongError,
     QueueFullError,
     UsageError,
 )
+
+log = logging.getLogger("flashvlm.server")
 
 #: Headers of an error after which asking again helps.
 LATER = {"Retry-After": "1"}
@@ -49,9 +52,21 @@ class ApiError(Exception):
         self.headers = headers or {}
         self.body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Across processes, where Ray's replicas raise it."""
+        error = self.body["error"]
+        given = (self.status, error["message"], error["param"], error["code"], error["type"], self.headers)
+        return _api_error, given
+
+
+def _api_error(
+    status: int, message: str, param: str | None, code: str | None, kind: str, headers: dict[str, str]
+) -> ApiError:
+    return ApiError(status, message, param=param, code=code, kind=kind, headers=headers)
+
 
 def api_error(error: Exception) -> ApiError:
-    """Return ``error`` as a client is to see it; of one that is ours to mend, only that the log says more."""
+    """Return ``error`` as a client is to see it; one that is ours to mend goes into the log, which alone tells it."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
@@ -60,10 +75,11 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, _text(error), param="messages", code="invalid_image")
     if isinstance(error, BudgetError):
         return ApiError(400, _text(error), param="token_budget", code="invalid_value")
-    if isinstance(error, LLMError):
+    if isinstance(error, PromptTooLongError):
         return ApiError(400, _text(error), param="messages", code="context_length_exceeded")
     if isinstance(error, UsageError):
         return ApiError(400, _text(error), code="invalid_value")
+    log.error("a request failed", exc_info=error)
     return ApiError(500, "the server failed; its log says how", code="internal_error", kind="server_error")
 
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
+from anyio import CapacityLimiter, current_time, move_on_after, to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from flashvlm_export.errors import FlashVLMError
 from flashvlm_export.runtime.server.answering import Answerer, Done, Event, KeptTokens
-from flashvlm_export.runtime.server.api_errors import ApiError, api_error
-from flashvlm_export.runtime.server.conversation import Asked, Intake, Model
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError, api_error
+from flashvlm_export.runtime.server.conversation import Intake, Model
 from flashvlm_export.runtime.server.guard import Guard
 from flashvlm_export.runtime.server.metrics import Metrics
 from flashvlm_export.runtime.server.replies import DONE_EVENT, Reply, event
@@ -29,12 +27,12 @@ from flashvlm_export.runtime.server.settings import ServerSettings
 
 T = TypeVar("T")
 
-log = logging.getLogger("flashvlm.server")
-
 PAGE = Path(__file__).parent / "page"
 
 # Pictures that are decoded, and prompts that are tokenised, at a time: each takes memory, and a core.
 _INTAKE_THREADS = 2
+# nginx would collect a stream.
+_NOT_BUFFERED = {"X-Accel-Buffering": "no"}
 
 
 def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: Sequence[str] = ()) -> FastAPI:
@@ -85,21 +83,33 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         start = time.perf_counter()
-        asked = await to_thread.run_sync(intake.asked, body, limiter=at_a_time)
-        reply = Reply(model.name, asked.views, body.selection)
-        events = _timed(answerer, asked, settings.max_seconds, start, metrics)
-        if body.stream:
-            # Up to here an error still has a status of its own.
-            kept = await _while_connected(request, anext(events))
-            if kept is None:
-                await events.aclose()
+        deadline = current_time() + settings.max_seconds
+        try:
+            if at_a_time.statistics().tasks_waiting > settings.max_queue:
+                raise ApiError(
+                    503, "too many requests are waiting", code="overloaded", kind="server_error", headers=LATER
+                )
+            # A picture that takes long to decode holds a thread, but nobody waits for it beyond the deadline.
+            reading = to_thread.run_sync(intake.asked, body, limiter=at_a_time, abandon_on_cancel=True)
+            asked = await _while_connected(request, _before(deadline, reading))
+            if asked is None:
                 return _gone(metrics)
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            chunks = _chunks(reply, kept, events, metrics, with_usage=usage)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        whole = await _while_connected(request, _collected(events))
-        if whole is None:
-            return _gone(metrics)
+            reply = Reply(model.name, asked.views, body.selection)
+            events = _counted(answerer.answer(asked), deadline, start, metrics)
+            if body.stream:
+                # Up to here an error still has a status of its own.
+                kept = await _while_connected(request, anext(events))
+                if kept is None:
+                    await events.aclose()
+                    return _gone(metrics)
+                usage = body.stream_options is not None and body.stream_options.include_usage
+                chunks = _chunks(reply, kept, events, metrics, with_usage=usage)
+                return StreamingResponse(chunks, media_type="text/event-stream", headers=_NOT_BUFFERED)
+            whole = await _while_connected(request, _collected(events))
+            if whole is None:
+                return _gone(metrics)
+        except Exception as error:  # whatever it is, the client sees it in OpenAI's shape
+            raise api_error(error) from error
         metrics.ended("200")
         return JSONResponse(reply.whole(*whole))
 
@@ -128,13 +138,10 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
             raise HTTPException(404)
         return FileResponse(files[name])
 
-    @app.exception_handler(Exception)  # which uvicorn logs, with its traceback
-    @app.exception_handler(FlashVLMError)
     @app.exception_handler(ApiError)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        found = api_error(error)
-        metrics.ended(str(found.status))
-        return JSONResponse(found.body, found.status, found.headers)
+    async def failed(request: Request, error: ApiError) -> JSONResponse:
+        metrics.ended(str(error.status))
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -150,22 +157,28 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     return app
 
 
-async def _timed(
-    answerer: Answerer, asked: Asked, seconds: float, start: float, metrics: Metrics
+async def _before(deadline: float, work: Awaitable[T]) -> T:
+    """Return what ``work`` does, before ``deadline``, in seconds of the event loop's clock."""
+    with move_on_after(max(deadline - current_time(), 0)) as scope:
+        return await work
+    assert scope.cancelled_caught  # there is no other way here
+    message = "the answer was not there in time"
+    # Clients would ask twice more, for what takes as long again.
+    headers = {"x-should-retry": "false"}
+    raise ApiError(504, message, code="timeout", kind="server_error", headers=headers)
+
+
+async def _counted(
+    answer: AsyncGenerator[Event, None], deadline: float, start: float, metrics: Metrics
 ) -> AsyncGenerator[Event, None]:
-    """Yield the events of an answer that may take ``seconds``, and count them."""
-    deadline = asyncio.get_running_loop().time() + seconds
+    """Yield the events of an answer that has time until ``deadline``, and count them."""
     has_text = False
-    async with aclosing(answerer.answer(asked)) as events:
+    async with aclosing(answer) as events:
         while True:
-            left = max(deadline - asyncio.get_running_loop().time(), 0)
             try:
-                one = await asyncio.wait_for(anext(events), left)
+                one = await _before(deadline, anext(events))
             except StopAsyncIteration:
                 return
-            except asyncio.TimeoutError:
-                message = f"the answer was not there within {seconds:g} s"
-                raise ApiError(504, message, code="timeout", kind="server_error") from None
             if isinstance(one, str) and not has_text:
                 has_text = True
                 metrics.first_text(time.perf_counter() - start)
@@ -202,8 +215,6 @@ async def _chunks(
     except Exception as error:  # the response has begun: whatever it is, the stream has to say it
         found = api_error(error)
         outcome = str(found.status)
-        if found.status == 500:
-            log.error("a stream failed", exc_info=error)
         yield event(found.body)
     finally:
         metrics.ended(outcome)
@@ -242,6 +253,6 @@ def _not_valid(error: RequestValidationError, content_type: str) -> ApiError:
         return ApiError(400, f"the request's body is not what was expected: {wrong}", code=str(first["type"]))
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{place[0]} is not supported here", param=str(place[0]), code="unsupported_parameter")
-    of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]]
+    of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]][:4]
     message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)
     return ApiError(400, message, param=str(place[0]), code=str(first["type"]))

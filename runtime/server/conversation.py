@@ -5,10 +5,12 @@ All of it is done before a request joins the others: what is refused here costs 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashvlm_export.runtime.graph_inputs import GraphInputs
+from flashvlm_export.runtime.layout import Size
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.request import Exchange, Pruning, Request, tokenized
 from flashvlm_export.runtime.server.api_errors import ApiError
@@ -18,6 +20,9 @@ from flashvlm_export.runtime.server.settings import ServerSettings
 from flashvlm_export.specs import check_budget
 
 Box = tuple[float, float, float, float]
+
+# Images of the largest size in one conversation: all of them are decoded for it.
+_MOST_LARGE_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,16 @@ class Intake:
         params, pruning = self._params(body), self._pruning(body)
         system, turns = _turns(body.messages)
         self._check_sizes(body.messages)
-        views: list[Box] = []
-        exchanges = [(self._images(question, views), _text(question), answer) for question, answer in turns]
+        sizes: list[Size] = []
+        exchanges = [(self._images(question, sizes), _text(question), answer) for question, answer in turns]
         images, question, _ = exchanges[-1]
         history = [Exchange(shown, text, said or "") for shown, text, said in exchanges[:-1]]
         request = Request(images, question, system, history=history)
         self._check_length(request)
-        return Asked(request, pruning, params, views)
+        return Asked(request, pruning, params, [self.model.inputs.preprocess.view_box(size) for size in sizes])
 
     def _params(self, body: ChatRequest) -> SamplingParams:
-        if None not in (body.max_tokens, body.max_completion_tokens):
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
             raise ApiError(
                 400, "max_tokens is the old name of max_completion_tokens: give one of them", param="max_tokens"
             )
@@ -112,8 +117,6 @@ class Intake:
                 code="invalid_value",
             )
         stop = [body.stop] if isinstance(body.stop, str) else body.stop
-        if len(stop) > 4:
-            raise ApiError(400, f"at most 4 texts end an answer, not {len(stop)}", param="stop", code="invalid_value")
         return SamplingParams(count, body.temperature, body.top_k, body.top_p, body.seed, tuple(stop))
 
     def _pruning(self, body: ChatRequest) -> Pruning:
@@ -155,35 +158,54 @@ class Intake:
             code="context_length_exceeded",
         )
 
-    def _images(self, message: Message, views: list[Box]) -> list[bytes]:
-        urls = [part.image_url.url for part in _parts(message) if isinstance(part, ImagePart)]
+    def _images(self, message: Message, sizes: list[Size]) -> list[bytes]:
         images = []
-        for url in urls:
-            content, size = self.pictures.read(url)
-            images.append(content)
-            views.append(self.model.inputs.preprocess.view_box(size))
+        for part in _parts(message):
+            if isinstance(part, ImagePart):
+                content, size = self.pictures.read(part.image_url.url)
+                images.append(content)
+                sizes.append(size)
+                self._check_pixels(sum(map(math.prod, sizes)))
         return images
+
+    def _check_pixels(self, count: int) -> None:
+        most = _MOST_LARGE_IMAGES * self.pictures.limit_pixels
+        if count > most:
+            message = f"the images of a conversation have at most {most} pixels together here, not {count}"
+            raise ApiError(400, message, param="messages", code="invalid_image")
 
 
 def _turns(messages: Sequence[Message]) -> tuple[str | None, list[tuple[Message, str | None]]]:
     """Return the system text and each question with its answer; the last has none."""
-    system = None
-    if messages[0].role in ("system", "developer"):
-        system, messages = _text(messages[0]), messages[1:]
-    roles = [message.role for message in messages]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    if any(isinstance(part, ImagePart) for each in messages if each.role != "user" for part in _parts(each)):
+        raise ApiError(400, "only the user shows images", param="messages", code="invalid_value")
+    joined = _joined(messages)
+    roles = [role for role, _ in joined]
+    start = int(roles[0] == "system")
+    if roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2) + ["user"]:
         raise ApiError(
             400,
-            "messages alternate between user and assistant, behind at most one of the system, and end with the user's; "
-            f"received {', '.join(roles[:20]) or 'none'}",
+            "messages alternate between user and assistant, behind those of the system, and end with the user's; "
+            f"received {', '.join(roles[:20])}",
             param="messages",
             code="invalid_value",
         )
-    for message in messages[1::2]:
-        if any(isinstance(part, ImagePart) for part in _parts(message)):
-            raise ApiError(400, "only the user shows images", param="messages", code="invalid_value")
-    answers = [*map(_text, messages[1::2]), None]
-    return system, list(zip(messages[::2], answers, strict=True))
+    system = _text(joined[0][1]).strip() or None if start else None
+    said = [message for _, message in joined[start:]]
+    answers = [*map(_text, said[1::2]), None]
+    return system, list(zip(said[::2], answers, strict=True))
+
+
+def _joined(messages: Sequence[Message]) -> list[tuple[str, Message]]:
+    """Return role and message, where several of one role in a row are one."""
+    joined: list[tuple[str, Message]] = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        if joined and joined[-1][0] == role:
+            parts = [*_parts(joined.pop()[1]), *_parts(message)]
+            message = message.model_copy(update={"content": parts})
+        joined.append((role, message))
+    return joined
 
 
 def _parts(message: Message) -> Sequence[TextPart | ImagePart]:

@@ -5,15 +5,15 @@ Written against ASGI itself, so that a body is counted as it comes.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from collections.abc import Callable, Collection, Sequence
 
+from anyio import move_on_after
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashvlm_export.runtime.server.api_errors import ApiError
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -25,6 +25,11 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+
+# Of an error that comes before the whole request: what is left of it would follow on the same connection.
+_CLOSE = {"Connection": "close"}
+# Bodies of requests under way at a time, of the largest size.
+_MOST_HELD = 16
 
 
 class Guard:
@@ -49,6 +54,7 @@ class Guard:
         self._app, self._keys, self._on_refused = app, [key.encode() for key in keys], on_refused
         self._open_paths = frozenset(open_paths)
         self._limit_bytes, self._seconds = settings.max_body_mib << 20, settings.slow_seconds
+        self._held_bytes = 0
         self._names = frozenset(settings.hosts or (LOOPBACK_NAMES if settings.on_loopback else ()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -63,25 +69,26 @@ class Guard:
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
+        held: list[int] = []
         try:
             self._check_host(headers)
             self._check_key(scope, headers)
-            body = await self._body(headers, receive)
+            body = await self._body(headers, receive, held)
+            if body is not None:  # else the client has gone
+                await self._app(scope, _with_body(body, receive), with_headers)
         except ApiError as error:
             self._on_refused(str(error.status))
             response = JSONResponse(error.body, error.status, error.headers)
             await response(scope, receive, with_headers)
-            return
-        if body is None:  # the client has gone
-            return
-        await self._app(scope, _with_body(body, receive), with_headers)
+        finally:
+            self._held_bytes -= sum(held)
 
     def _check_host(self, headers: Headers) -> None:
         """Refuse other names: a page elsewhere, whose own name leads here, is not to speak to this machine."""
         host = headers.get("host", "")
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
         if self._names and name.lower() not in self._names:
-            raise ApiError(421, f"this server is not called {name[:80]!r}", code="wrong_host")
+            raise ApiError(421, f"this server is not called {name[:80]!r}", code="wrong_host", headers=_CLOSE)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         if not self._keys or scope["path"] in self._open_paths:
@@ -94,10 +101,10 @@ class Guard:
                 401,
                 "this server needs an API key: Authorization: Bearer KEY",
                 code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
+                headers={"WWW-Authenticate": "Bearer", **_CLOSE},
             )
 
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
         """Return the whole body, ``None`` if the client went away before it was there.
 
         What is too large is read to its end, and dropped: a client hears of an error only once it has sent all.
@@ -110,30 +117,30 @@ class Guard:
         if too_large and "expect" in headers:  # it asks first
             raise large
 
-        async def read() -> bytes | None:
-            nonlocal too_large
-            body, more = bytearray(), True
+        body, more, full = bytearray(), True, False
+        with move_on_after(self._seconds) as scope:
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                body += message.get("body", b"")
-                more = message.get("more_body", False)
-                if too_large := too_large or len(body) > self._limit_bytes:
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                too_large = too_large or len(body) + len(piece) > self._limit_bytes
+                full = full or self._held_bytes + len(piece) > _MOST_HELD * self._limit_bytes
+                if too_large or full:
                     body.clear()
-            return bytes(body)
-
-        try:
-            body = await asyncio.wait_for(read(), self._seconds)
-        except asyncio.TimeoutError:
-            message = f"the request did not arrive within {self._seconds:g} s"
-            raise large if too_large else ApiError(408, message, code="request_timeout", headers=_CLOSE) from None
-        if too_large and body is not None:
+                else:
+                    body += piece
+                    held.append(len(piece))
+                    self._held_bytes += len(piece)
+        if too_large:
             raise large
-        return body
-
-
-_CLOSE = {"Connection": "close"}
+        if scope.cancelled_caught:
+            late = f"the request did not arrive within {self._seconds:g} s"
+            raise ApiError(408, late, code="request_timeout", headers=_CLOSE)
+        if full:
+            busy = "too many requests are arriving"
+            raise ApiError(503, busy, code="overloaded", kind="server_error", headers=LATER)
+        return bytes(body)
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:

@@ -234,6 +234,10 @@ def read_keys(settings: ServerSettings) -> list[str]:
             received=f"{file}: {getattr(error, 'strerror', None) or error}",
             expected="one key a line",
         ) from None
+    if bad := [number for number, key in enumerate(keys, 1) if not (key.isascii() and key.isprintable())]:
+        raise ConfigError(
+            "an API key has characters that no header has", received=f"{file}: key {bad[0]}", expected="ASCII"
+        )
     if not keys:
         raise ConfigError("there is no API key", received=f"{file}: no line with text", expected="one key a line")
     return keys

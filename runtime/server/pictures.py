@@ -13,7 +13,8 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from urllib.parse import SplitResult, urlsplit
 
 from flashvlm_export.errors import ImageError
@@ -24,14 +25,20 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 _PIECE = 1 << 16
 _MOST_KNOWN = 4096
+# Of a progressive JPEG, each of which costs as much as decoding the whole picture; libjpeg advises to have a limit.
+_MOST_SCANS = 100
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+# Unicast addresses of IPv6, but for those of 6to4, which lead to any address of IPv4.
+_UNICAST, _6TO4 = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("2002::/16")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def is_public(address: Address) -> bool:
     """Whether ``address`` is one of the internet's, and no machine of ours."""
-    mapped = getattr(address, "ipv4_mapped", None)
-    return is_public(mapped) if mapped is not None else address.is_global and not address.is_multicast
+    if isinstance(address, ipaddress.IPv6Address) and (address not in _UNICAST or address in _6TO4):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 class PictureReader:
@@ -73,6 +80,10 @@ class PictureReader:
         """Return the size of a picture that was decoded, now or when it came before: conversations send it again."""
         size = self._known.get(digest)
         if size is None:
+            if content.startswith(_JPEG) and content.count(_SCAN) > _MOST_SCANS:
+                raise ImageError(
+                    "the picture has too many scans", received=content.count(_SCAN), expected=f"at most {_MOST_SCANS}"
+                )
             size = load_image(content, limit_pixels=self.limit_pixels, formats=FORMATS).size
             with self._changing:
                 if len(self._known) >= _MOST_KNOWN:
@@ -104,7 +115,7 @@ class PictureReader:
         deadline = time.monotonic() + self.seconds
         try:
             return self._get(parts, port, deadline)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: characters that no URL has
             raise ImageError(
                 "the picture cannot be fetched", received=f"{shown}: {error or type(error).__name__}"
             ) from None
@@ -112,12 +123,15 @@ class PictureReader:
     def _get(self, parts: SplitResult, port: int, deadline: float) -> bytes:
         assert parts.hostname is not None  # it is on the list
         # Connected to the very address that was looked at: a second look-up could have another result.
-        address = self._address(parts.hostname, port)
-        connection = _Pinned(parts.hostname, port, address, parts.scheme == "https", _left(deadline))
+        connection = _Pinned(
+            parts.hostname, port, self._addresses(parts.hostname, port), parts.scheme == "https", _left(deadline)
+        )
+        # A site that sends a byte now and then would hold up every read for as long as it likes.
+        watchdog = threading.Timer(_left(deadline), connection.cut_off)
+        watchdog.start()
         try:
             target = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
             connection.request("GET", target, headers={"Accept": "image/*"})
-            stream = connection.sock  # the response takes it over
             response = connection.getresponse()
             if response.status != 200:
                 raise ImageError(
@@ -127,38 +141,53 @@ class PictureReader:
                 )
             content = bytearray()
             while len(content) <= self.limit_bytes:
-                stream.settimeout(_left(deadline))
                 piece = response.read1(_PIECE)
                 if not piece:
+                    _left(deadline)  # cut off, it ends as a whole one does
                     return bytes(content)
                 content += piece
             raise ImageError(
                 "the picture is too large", received=f"more than {self.limit_bytes} bytes from {parts.hostname}"
             )
         finally:
+            watchdog.cancel()
             connection.close()
 
-    def _address(self, host: str, port: int) -> str:
-        found = {info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    def _addresses(self, host: str, port: int) -> list[str]:
+        found = dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         for address in found:
-            if not self._may_reach(ipaddress.ip_address(str(address).partition("%")[0])):
+            if not self._may_reach(ipaddress.ip_address(address.partition("%")[0])):
                 raise ImageError(
                     "pictures are fetched from public addresses only", received=f"{host} is at a private one"
                 )
-        return str(min(found))
+        return list(found)
 
 
 class _Pinned(http.client.HTTPConnection):
-    """A connection to ``host`` at an ``address`` that is already known."""
+    """A connection to ``host`` at one of its ``addresses``, which are already known."""
 
-    def __init__(self, host: str, port: int, address: str, encrypted: bool, seconds: float) -> None:
+    def __init__(self, host: str, port: int, addresses: Sequence[str], encrypted: bool, seconds: float) -> None:
         super().__init__(host, port, timeout=seconds)
-        self._at, self._encrypted = address, encrypted
+        self._addresses, self._encrypted = addresses, encrypted
+        self._open: socket.socket | None = None
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self._at, self.port), self.timeout)
+        for number, address in enumerate(self._addresses):
+            try:
+                self._open = self.sock = socket.create_connection((address, self.port), self.timeout)
+                break
+            except OSError:  # the next one may be reachable, such as by IPv4
+                if number == len(self._addresses) - 1:
+                    raise
         if self._encrypted:
             self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+            self._open = self.sock
+
+    def cut_off(self) -> None:
+        """End whatever is being read, from another thread."""
+        if self._open is not None:
+            with suppress(OSError):  # it has ended by itself
+                self._open.shutdown(socket.SHUT_RDWR)
 
 
 def _left(deadline: float) -> float:

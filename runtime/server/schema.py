@@ -43,6 +43,7 @@ class ImagePart(_Strict):
     image_url: ImageUrl
 
 
+StopText = Annotated[str, Field(min_length=1, max_length=200)]
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
@@ -50,14 +51,18 @@ class Message(_Strict):
     """What one side said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=256)] = ""
     name: str | None = None
+    # What clients send back of an answer.
+    tool_calls: list[Any] = Field([], max_length=0)
+    annotations: list[Any] = Field([], max_length=0)
 
 
 class StreamOptions(_Strict):
-    """Whether a stream ends with an event of token counts."""
+    """Whether a stream ends with an event of token counts; padding against listeners is not added."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class ResponseFormat(_Strict):
@@ -70,7 +75,7 @@ class ChatRequest(_Strict):
     """One question, with all that was said before it."""
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=256)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -78,7 +83,7 @@ class ChatRequest(_Strict):
     temperature: float = Field(0.0, ge=0, le=2, description="0, the default, is greedy")
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=0)
-    stop: str | list[str] = Field([], max_length=1000)
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] = []
 
     # Only as far as that is what happens anyway.
     n: Literal[1] = 1

@@ -17,6 +17,7 @@ from flashvlm_export.errors import (
     ConfigError,
     ImageError,
     LLMError,
+    PromptTooLongError,
     QueueFullError,
     SessionError,
     UsageError,
@@ -138,7 +139,7 @@ def test_errors_stay_with_their_request(vlm: Pipeline, tmp_path: Path) -> None:
         ]
         wait(futures, WAIT_S)
     kinds = [type(future.exception(0)) for future in futures]
-    assert kinds == [type(None), ImageError, BudgetError, LLMError, ZeroDivisionError, type(None)]
+    assert kinds == [type(None), ImageError, BudgetError, PromptTooLongError, ZeroDivisionError, type(None)]
     assert [futures[index].result(0).token_ids for index in (0, 5)] == [expected] * 2
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi", reason="the server needs the extra serve")
@@ -16,9 +17,11 @@ openai = pytest.importorskip("openai", reason="the tests of the server ask with 
 
 from helpers.serving import Process, data_uri, png, serving, user
 
+from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
-from flashvlm_export.runtime.request import Answer, Exchange, Pruning, Request
+from flashvlm_export.runtime.request import Answer, Exchange, PrunedPrompt, Pruning, Request, SelectedImage
+from flashvlm_export.runtime.server.answering import KeptTokens, kept_tokens
 
 MODEL = "tiny-llava"
 QUESTION = "What is in the picture?"
@@ -139,6 +142,18 @@ def test_a_conversation_is_the_pipelines_history(client: Any, vlm: Pipeline) -> 
     assert "images" not in got.flashvlm, "nobody asked what is kept"
 
 
+def test_neighbours_of_one_role_are_one_message(client: Any) -> None:
+    """As front ends send them after an answer that failed."""
+    system = [{"role": "system", "content": "Be brief."}, {"role": "developer", "content": "Be kind."}]
+    apart = [*system, user("Look.", png(4)), user("What is it?")]
+    together = [{"role": "system", "content": "Be brief.\nBe kind."}, user("Look.\nWhat is it?", png(4))]
+    answers = [ask(client, messages, max_tokens=12) for messages in (apart, together)]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    assert answers[0].usage == answers[1].usage
+    back = {"role": "assistant", "content": None, "tool_calls": [], "annotations": [], "refusal": None}
+    assert ask(client, [*apart, back, user("Why?")], max_tokens=4).usage.visual_tokens == 16
+
+
 def test_images_are_encoded_once(client: Any) -> None:
     asked = user(QUESTION, png(6))
     first = ask(client, [asked], max_tokens=4)
@@ -195,6 +210,13 @@ def test_many_clients_get_their_own_answers(client: Any, served: Process) -> Non
     assert [facts(got) for got in asyncio.run(ask_all())] == expected
 
 
+def test_grids_are_told_as_rows_and_columns() -> None:
+    kept = np.array([0, 7, 14])
+    image = SelectedImage(np.zeros((3, 4), np.float32), kept, kept, np.zeros(15), ImageLayout(((3, 5),)))
+    prompt = PrunedPrompt(np.zeros((3, 4)), np.arange(3), None, [image], {})  # type: ignore[arg-type]  # not looked at
+    assert kept_tokens(prompt) == [KeptTokens([(3, 5)], [0, 7, 14])]
+
+
 def test_models_are_listed(client: Any) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by) == (MODEL, "flashvlm-export")
@@ -217,12 +239,13 @@ def test_models_are_listed(client: Any) -> None:
         ({"positions": "left"}, 400, "positions", "literal_error", "'contiguous' or 'original'"),
         ({"max_tokens": 1025}, 400, "max_tokens", "invalid_value", "at most 1024 tokens here, not 1025"),
         ({"max_tokens": 0}, 400, "max_tokens", "greater_than_equal", "greater than or equal to 1"),
-        ({"max_tokens": 4, "max_completion_tokens": 4}, 400, "max_tokens", None, "give one of them"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, 400, "max_tokens", None, "give one of them"),
         ({"max_tokens": 1020}, 400, "messages", "context_length_exceeded", "too long for the language model"),
         ({"temperature": 2.1}, 400, "temperature", "less_than_equal", "less than or equal to 2"),
         ({"top_p": 0}, 400, "top_p", "greater_than", "greater than 0"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "invalid_value", "at most 4 texts"),
-        ({"stop": ""}, 400, None, "invalid_value", "stop"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", None, "at most 4 items"),
+        ({"stop": ""}, 400, "stop", None, "at least 1 character"),
+        ({"stop": "x" * 201}, 400, "stop", None, "at most 200 characters"),
         ({"n": 2}, 400, "n", "literal_error", "1"),
         ({"logprobs": True}, 400, "logprobs", "literal_error", "False"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "too_long", "at most 0 items"),
@@ -231,9 +254,23 @@ def test_models_are_listed(client: Any) -> None:
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "literal_error", "text"),
         ({"seed": -1}, 400, "seed", "greater_than_equal", "0"),
         ({"messages": []}, 400, "messages", "too_short", "at least 1"),
-        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages", "invalid_value", "received none"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages", "invalid_value", "received system"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages", "literal_error", "'user'"),
-        ({"messages": [user("a"), user("b")]}, 400, "messages", "invalid_value", "received user, user"),
+        (
+            {"messages": [user("a"), {"role": "assistant", "content": "b"}]},
+            400,
+            "messages",
+            "invalid_value",
+            "user, assistant",
+        ),
+        ({"messages": [{}] * 257}, 400, "messages", "too_long", "at most 256 items"),
+        (
+            {"messages": [{"role": "system", "content": user("b", png(1))["content"]}, user("c")]},
+            400,
+            "messages",
+            "invalid_value",
+            "only the user shows images",
+        ),
         ({"messages": [user("")]}, 400, None, "invalid_value", "empty"),
         ({"messages": [user("See <image>")]}, 400, None, "invalid_value", "placeholders"),
         ({"messages": [user("x" * 500_000)]}, 400, "messages", "context_length_exceeded", "500000 characters"),

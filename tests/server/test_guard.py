@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ pytest.importorskip("openai", reason="the tests of the server ask with OpenAI's 
 
 from helpers.serving import WAIT_S, app_of, png, raw_connection, read_to_end, user
 
+from flashvlm_export.errors import LLMError
 from flashvlm_export.runtime.server.answering import Done, Event, KeptTokens, Load
-from flashvlm_export.runtime.server.conversation import Asked
+from flashvlm_export.runtime.server.conversation import Asked, Intake
 
 NAME = "tiny-llava"
 LONG = b"a" * 1000
@@ -41,6 +42,17 @@ def post(url: str, content: bytes, headers: dict[str, str] | None = None) -> tup
         )
         response = connection.getresponse()
         return response.status, dict(response.getheaders()), json.loads(response.read() or b"null")
+    finally:
+        connection.close()
+
+
+def get(url: str, path: str, method: str = "GET") -> tuple[int, bytes]:
+    """Status and body."""
+    connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
+    try:
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read()
     finally:
         connection.close()
 
@@ -100,11 +112,26 @@ def test_keys_let_in(tiny_bundle: Path) -> None:
             assert sent["www-authenticate"] == "Bearer"
         for key in ("first", "second"):
             assert post(url, body(), {"Authorization": f"Bearer {key}"})[0] == 200
-        for path, status in (("/health", 200), ("/ready", 200), ("/", 200), ("/metrics", 401), ("/v1/models", 401)):
-            connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
-            connection.request("GET", path)
-            assert connection.getresponse().status == status, path
-            connection.close()
+        for path, status in (("/health", 200), ("/ready", 200), ("/", 200), ("/page/page.js", 200)):
+            assert get(url, path)[0] == status, path
+        for path in (
+            "/metrics",
+            "/v1/models",
+            "/openapi.json",
+            "/live",
+            "//",
+            "/page",
+            "/page/",
+            "/page/x",
+            "/health/../metrics",
+        ):
+            for method in ("GET", "HEAD", "OPTIONS", "POST"):
+                assert get(url, path, method)[0] == 401, (method, path)
+        with raw_connection(url) as connection:  # a key comes before a body does
+            connection.sendall(head(1 << 20))
+            answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 401 ")
+        assert b"x-content-type-options: nosniff" in answer
 
 
 def test_other_names_for_this_machine_are_refused(tiny_bundle: Path) -> None:
@@ -180,8 +207,12 @@ def test_large_requests_are_cut_off(tiny_bundle: Path, chunked: bool) -> None:
         b'{"model": NaN}',
         b'{"seed": ' + b"9" * 5000 + b"}",
         b'{"messages": "' + b"\\ud800" * 100 + b'"}',
+        json.dumps({"model": NAME, "messages": [user("\ud800"), {"role": "assistant"}, user("b")]}).encode(),
+        json.dumps(
+            {"model": NAME, "messages": [user("a"), {"role": "assistant", "content": "\ud800"}, user("b")]}
+        ).encode(),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_malformed_bodies(tiny_bundle: Path, content: bytes) -> None:
     with app_of(tiny_bundle, Held(), name=NAME) as (url, _):
@@ -195,11 +226,26 @@ def test_what_is_no_http_is_no_matter(tiny_bundle: Path) -> None:
     held = Held()
     held.go_on.set()
     with app_of(tiny_bundle, held, name=NAME) as (url, _):
-        for sent in (b"\x16\x03\x01\x02\x00", b"GET / HTTP/x\r\n\r\n", b"nonsense\r\n\r\n", b"GET /" + b"a" * 70_000):
+        for sent in (
+            b"\x16\x03\x01\x02\x00",
+            b"GET / HTTP/x\r\n\r\n",
+            b"nonsense\r\n\r\n",
+            b"GET /" + b"a" * 40_000,
+        ):
             with raw_connection(url) as connection:
                 connection.sendall(sent)
-                assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
+                with suppress(ConnectionResetError):  # closed with something unread
+                    assert read_to_end(connection).startswith(b"HTTP/1.1 400 ")
         assert post(url, body())[0] == 200
+
+
+def test_who_was_refused_does_not_stay(tiny_bundle: Path) -> None:
+    """Without a key, a connection is not to be kept busy by what comes behind the refusal."""
+    with app_of(tiny_bundle, Held(), keys=("key",), name=NAME) as (url, _):
+        for refused in (head(1000), head(1000).replace(b"localhost", b"evil.example")):
+            with raw_connection(url) as connection:
+                connection.sendall(refused)
+                assert read_to_end(connection).startswith((b"HTTP/1.1 401 ", b"HTTP/1.1 421 "))
 
 
 def test_slow_clients_are_left(tiny_bundle: Path) -> None:
@@ -268,6 +314,7 @@ def test_the_service_is_free_again_when_a_client_hangs_up(tiny_bundle: Path) -> 
             assert connection.recv(1 << 12).startswith(b"HTTP/1.1 200 ")
             assert service.under_way == 1
         wait_for(lambda: service.under_way == 0)
+        assert service.vlm.llm.last_run.finish_reason == "closed", "it did not go on to its end"
         assert post(url, body())[0] == 200
 
 
@@ -284,6 +331,59 @@ def test_an_answer_has_its_time(tiny_bundle: Path, stream: bool) -> None:
         assert b"[DONE]" not in answer
         assert held.closed == 1
         assert metrics(url)['flashvlm_requests_total{outcome="504"}'] == 1
+
+
+def test_reading_a_request_has_its_time_too(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a picture that takes long to decode."""
+    let_go, begun = threading.Event(), threading.Semaphore(0)
+
+    def held(self: Intake, body: object) -> Asked:
+        begun.release()
+        assert let_go.wait(WAIT_S)
+        raise AssertionError("nobody waits for it")
+
+    monkeypatch.setattr(Intake, "asked", held)
+    held_answerer = Held()
+    with app_of(tiny_bundle, held_answerer, name=NAME, max_seconds=0.3, max_queue=1) as (url, _):
+        try:
+            status, headers, error = post(url, body())
+            assert (status, error["error"]["code"], headers["x-should-retry"]) == (504, "timeout", "false")
+            content = body()
+            with raw_connection(url) as connection:
+                connection.sendall(head(len(content)) + content)
+                assert begun.acquire(timeout=WAIT_S)
+                assert begun.acquire(timeout=WAIT_S)
+            wait_for(lambda: metrics(url).get('flashvlm_requests_total{outcome="gone"}') == 1)
+        finally:
+            let_go.set()
+    assert held_answerer.begun == 0
+
+
+def test_bodies_that_arrive_have_a_limit_together(tiny_bundle: Path) -> None:
+    held = Held()
+    held.go_on.set()
+    with app_of(tiny_bundle, held, name=NAME, max_body_mib=1, slow_seconds=10) as (url, _), ExitStack() as stack:
+        for _ in range(32):  # twice as many as there is room for
+            connection = stack.enter_context(raw_connection(url))
+            connection.sendall(head(1 << 20) + b" " * ((1 << 20) - 1))
+        wait_for(lambda: post(url, body() + b" " * 100_000)[0] == 503)
+        stack.close()
+        wait_for(lambda: post(url, body())[0] == 200)
+
+
+def test_a_language_model_that_fails_is_not_the_clients_fault(
+    tiny_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreachable(Held):
+        async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
+            raise LLMError("the vLLM server cannot be reached", received="http://10.1.2.3:8000")
+            yield ""
+
+    with app_of(tiny_bundle, Unreachable(), name=NAME) as (url, _):
+        status, _, error = post(url, body())
+    assert (status, error["error"]["code"]) == (500, "internal_error")
+    assert "10.1.2.3" not in json.dumps(error)
+    assert "http://10.1.2.3:8000" in caplog.text
 
 
 def test_one_more_than_may_wait_is_told_to_come_again(tiny_bundle: Path) -> None:

@@ -55,6 +55,12 @@ class Site(BaseHTTPRequestHandler):
             self.send_header("Location", "http://169.254.169.254/secret")
             self.end_headers()
             return
+        if self.path == "/slow-head":
+            with suppress(OSError):  # nobody reads any more
+                for _ in range(200):
+                    self.wfile.write(b"H")
+                    time.sleep(0.05)
+            return
         if self.path == "/missing":
             self.send_error(404)
             return
@@ -183,13 +189,14 @@ def test_an_allowed_name_of_a_private_address_is_not_connected_to(site: int) -> 
             "224.0.0.1",
         ),
         *("::1", "::", "fe80::1", "fd00::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "ff02::1", "255.255.255.255"),
+        *("64:ff9b::a9fe:a9fe", "2002:7f00:1::", "::7f00:1", "fec0::1", "::ffff:8.8.8.8"),
     ],
 )
 def test_private_addresses(address: str) -> None:
     assert not is_public(ipaddress.ip_address(address))
 
 
-@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1", "::ffff:8.8.8.8"])
+@pytest.mark.parametrize("address", ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1"])
 def test_public_addresses(address: str) -> None:
     assert is_public(ipaddress.ip_address(address))
 
@@ -201,12 +208,63 @@ def test_public_addresses(address: str) -> None:
         ("/missing", "says 404"),
         ("/endless", f"more than {LIMIT} bytes"),
         ("/slow", "too long|timed out"),
+        ("/slow-head", "cannot be fetched"),
     ],
 )
 def test_sites_that_do_not_behave(path: str, message: str, site: int) -> None:
+    start = time.monotonic()
     with pytest.raises(ImageError, match=message):
         reader(("localhost",), private=True, seconds=0.5).read(f"http://localhost:{site}{path}")
+    assert time.monotonic() - start < 8, "a slow site goes on for ten seconds"
     assert [seen for seen, _ in Site.seen] == [path], "nobody went where the redirect leads"
+
+
+def addresses(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[tuple[str, int]]:
+    """Let names lead to these addresses, one list for each look-up; return where connections go, which all fail."""
+    looked_up, connected = iter(answers), []
+
+    def connect(where: tuple[str, int], timeout: float) -> None:
+        connected.append(where)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(
+        "socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443)) for address in next(looked_up)]
+    )
+    monkeypatch.setattr("socket.create_connection", connect)
+    return connected
+
+
+def test_what_was_looked_at_is_what_is_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that leads elsewhere the second time it is asked for (DNS rebinding) leads nowhere."""
+    connected = addresses(monkeypatch, ["2606:2800:220:1::1", "93.184.216.34"], ["127.0.0.1"])
+    with pytest.raises(ImageError, match="no route"):
+        reader(("example.com",)).read("https://example.com/cat.png")
+    assert connected == [("2606:2800:220:1::1", 443), ("93.184.216.34", 443)], "one of them may be out of reach"
+
+
+@pytest.mark.parametrize("found", [["93.184.216.34", "10.0.0.1"], ["10.0.0.1", "93.184.216.34"]])
+def test_every_address_of_a_name_has_to_be_public(found: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    connected = addresses(monkeypatch, found)
+    with pytest.raises(ImageError, match="public addresses only"):
+        reader(("example.com",)).read("https://example.com/cat.png")
+    assert connected == []
+
+
+def test_characters_that_no_address_has(site: int) -> None:
+    with pytest.raises(ImageError, match="cannot be fetched"):
+        reader(("localhost",), private=True).read(f"http://localhost:{site}/é.png")
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each scan of a progressive JPEG costs as much as the whole picture, and takes a few bytes."""
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 48), "red").save(stream, "JPEG", progressive=True)
+    content = stream.getvalue()
+    assert reader().read(data_uri(content, "jpeg"))[1] == (64, 48)
+    scan = content[content.rindex(b"\xff\xda") : -2]
+    monkeypatch.setattr("flashvlm_export.runtime.server.pictures.load_image", lambda *_, **__: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match="too many scans"):
+        reader().read(data_uri(content[:-2] + scan * 100 + content[-2:], "jpeg"))
 
 
 def test_nobody_at_home(site: int) -> None:
