@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Watch until a limit, the end of the source or Ctrl-C; print answers, and what was counted."""
-    from flashvlm_export.runtime.live.drawing import draw_seen
+    from flashvlm_export.runtime.live.drawing import draw_frame, with_words
     from flashvlm_export.runtime.live.outputs import output_to
     from flashvlm_export.runtime.live.sources import size_from, source_from
     from flashvlm_export.runtime.live.watch import Standing, watch
@@ -116,8 +116,9 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             told.append(_answer(seen))
         if output is not None or args.port is not None:
-            picture = draw_seen(seen, args.prompt)
-            put(seen, picture)
+            frame = draw_frame(seen)
+            picture = with_words(frame, seen, args.prompt)
+            put(seen, frame, picture)
             if output is not None:
                 output.add(picture, seen.captured_s + seen.latency_ms / 1e3)
                 wrote = args.output
@@ -145,13 +146,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _page(
     args: argparse.Namespace,
-) -> tuple[AbstractContextManager[str | None], Callable[[Seen, Image.Image], object]]:
+) -> tuple[AbstractContextManager[str | None], Callable[[Seen, Image.Image, Image.Image], object]]:
     """Return what serves the live page and yields its address, and what puts an answered frame there."""
     if args.port is None:
         unused = [f"--{name.replace('_', '-')}" for name in ("hosts", "api_keys") if getattr(args, name) is not None]
         if unused:
             raise UsageError("there is no page", received=", ".join(unused), expected="--port too")
-        return nullcontext(), lambda seen, picture: None
+        return nullcontext(), lambda seen, frame, picture: None
     try:
         from flashvlm_export.runtime.server.live import Shown, showing
     except ImportError as error:
@@ -168,8 +169,9 @@ def _page(
         talk(args.json)(f"anybody who reaches {settings.host} can watch: --api-keys FILE shuts others out")
     place: Newest[Shown] = Newest()
 
-    def put(seen: Seen, picture: Image.Image) -> None:
-        place.put(Shown(jpeg_of(picture), {"prompt": args.prompt, **_answer(seen), **asdict(seen.statistics)}))
+    def put(seen: Seen, frame: Image.Image, picture: Image.Image) -> None:
+        told = {"prompt": args.prompt, **_answer(seen), **asdict(seen.statistics)}
+        place.put(Shown(jpeg_of(frame), jpeg_of(picture), told))
 
     return showing(place, settings), put
 

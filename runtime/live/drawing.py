@@ -1,4 +1,4 @@
-"""A frame with its answer as one picture: dropped visual tokens dimmed, kept ones outlined, the words below."""
+"""A frame with dropped visual tokens dimmed and kept ones outlined, by itself or with the words below."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ _GROUND, _QUIET, _ANSWER, _NUMBERS = (16, 16, 16), (185, 185, 185), (255, 255, 2
 _LINES = (2, 3, 2)
 
 
-def draw_seen(seen: Seen, question: str) -> Image.Image:
-    """Return the frame of ``seen`` with kept tokens, question, answer and statistics; RGB, sides even."""
+def draw_frame(seen: Seen) -> Image.Image:
+    """Return the frame of ``seen`` with kept tokens; RGB, sides even."""
     scale = _SIDE / max(seen.view.size)
     size = _even(seen.view.width * scale), _even(seen.view.height * scale)
     pixels = np.asarray(seen.view.resize(size, Image.Resampling.BILINEAR))
     kept = _kept(seen, size)
     shown = np.where(kept[:, :, None], pixels, pixels // 3)
     shown[_outline(kept)] = _NUMBERS
+    return Image.fromarray(shown)
 
-    width = max(size[0], _LEAST_WIDTH)
-    sheet = Image.new("RGB", (width, size[1] + 2 * _MARGIN + sum(_LINES) * _LINE), _GROUND)
-    sheet.paste(Image.fromarray(shown), ((width - size[0]) // 2, 0))
+
+def with_words(frame: Image.Image, seen: Seen, question: str) -> Image.Image:
+    """Return ``frame``, as drawn of ``seen``, above question, answer and statistics; RGB, sides even."""
+    width = max(frame.width, _LEAST_WIDTH)
+    sheet = Image.new("RGB", (width, frame.height + 2 * _MARGIN + sum(_LINES) * _LINE), _GROUND)
+    sheet.paste(frame, ((width - frame.width) // 2, 0))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
-    top = size[1] + _MARGIN
+    top = frame.height + _MARGIN
     texts = (question, seen.answer.text, numbers(seen))
     for text, count, colour in zip(texts, _LINES, (_QUIET, _ANSWER, _NUMBERS), strict=True):
         for row, line in enumerate(wrapped(text, width - 2 * _MARGIN, count, font)):

@@ -25,7 +25,7 @@ from flashvlm_export.runtime.server.replies import event
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 PAGE = Path(__file__).parent / "page"
-_FILES = ("live.html", "live.css", "live.js")
+_FILES = ("live.html", "page.css", "live.css", "live.js", "client.js", "element.js", "favicon.svg")
 # Viewers at a time: each costs the bandwidth of a video.
 MOST_VIEWERS = 16
 # How often a viewer looks whether there is something new. A wait of its own would take a thread for each.
@@ -36,9 +36,16 @@ _LONGEST_END_S = 3.0
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """What viewers get of one answered frame: a JPEG file, and what ``--json`` says of it, statistics included."""
+    """What viewers get of one answered frame.
 
-    jpeg: bytes
+    Attributes:
+        frame: a JPEG file, for the page, which says the rest itself.
+        picture: a JPEG file with question, answer and figures below the frame, for players.
+        told: what ``--json`` says of it, statistics included.
+    """
+
+    frame: bytes
+    picture: bytes
     told: Mapping[str, Any]
 
 
@@ -46,7 +53,8 @@ def build_live_app(place: Newest[Shown], settings: ServerSettings, keys: list[st
     """Return the application.
 
     ``/`` and ``/live`` are the page, which needs no key and shows nothing without one; ``/live/events`` has answers,
-    statistics and pictures as server-sent events, and ``/live.mjpg`` the pictures alone, as network cameras do.
+    statistics and frames as server-sent events, and ``/live.mjpg`` pictures with the words below, as a network camera
+    sends them.
 
     Args:
         place: where the newest is put; viewers are sent away when it is closed.
@@ -88,7 +96,7 @@ def build_live_app(place: Newest[Shown], settings: ServerSettings, keys: list[st
     @app.get("/live/events")
     async def events() -> Response:
         def piece(shown: Shown) -> bytes:
-            picture = "data:image/jpeg;base64," + base64.b64encode(shown.jpeg).decode()
+            picture = "data:image/jpeg;base64," + base64.b64encode(shown.frame).decode()
             return event({**shown.told, "picture": picture})
 
         return stream(piece, event({"ended": True}), "text/event-stream")
@@ -96,8 +104,8 @@ def build_live_app(place: Newest[Shown], settings: ServerSettings, keys: list[st
     @app.get("/live.mjpg")
     async def pictures() -> Response:
         def piece(shown: Shown) -> bytes:
-            head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(shown.jpeg)}\r\n\r\n"
-            return head.encode() + shown.jpeg + b"\r\n"
+            head = f"--{_BOUNDARY}\r\nContent-Type: image/jpeg\r\nContent-Length: {len(shown.picture)}\r\n\r\n"
+            return head.encode() + shown.picture + b"\r\n"
 
         return stream(piece, f"--{_BOUNDARY}--\r\n".encode(), f"multipart/x-mixed-replace; boundary={_BOUNDARY}")
 

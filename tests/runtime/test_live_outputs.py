@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 
 from flashvlm_export.errors import ConfigError, LLMError, StorageError
 from flashvlm_export.runtime.layout import ImageLayout, clip, one_picture
-from flashvlm_export.runtime.live.drawing import draw_seen, wrapped
+from flashvlm_export.runtime.live.drawing import draw_frame, with_words, wrapped
 from flashvlm_export.runtime.live.outputs import output_to
 from flashvlm_export.runtime.live.watch import Seen, Statistics
 from flashvlm_export.runtime.llm.base import GenerationStats
@@ -42,8 +42,13 @@ def middles(picture: Image.Image, rows: int, columns: int, size: tuple[int, int]
     ]
 
 
+def sheet(seen: Seen) -> Image.Image:
+    """What a recording shows of it."""
+    return with_words(draw_frame(seen), seen, "Is it?")
+
+
 def test_kept_tokens_stay_bright() -> None:
-    picture = draw_seen(seen_of(one_picture((2, 3)), [0, 4]), "Is it?")
+    picture = draw_frame(seen_of(one_picture((2, 3)), [0, 4]))
     bright, dim = GREY, GREY // 3
     assert middles(picture, 2, 3) == [[bright, dim, dim], [dim, bright, dim]]
     # Their rim is drawn where it meets what is dropped, not at the border of the frame.
@@ -54,31 +59,29 @@ def test_kept_tokens_stay_bright() -> None:
 
 def test_tokens_of_overview_and_tiles_are_shown_together() -> None:
     layout = ImageLayout(((1, 2), (2, 2)))
-    picture = draw_seen(seen_of(layout, [0, 5]), "?")
+    picture = draw_frame(seen_of(layout, [0, 5]))
     assert middles(picture, 2, 2) == [[GREY, GREY // 3], [GREY, GREY]]
 
 
 def test_of_a_window_the_newest_moment_is_shown() -> None:
     layout = clip([one_picture((2, 2))] * 3, range(3))
-    picture = draw_seen(seen_of(layout, [0, 1, 4, 11]), "?")
+    picture = draw_frame(seen_of(layout, [0, 1, 4, 11]))
     assert middles(picture, 2, 2) == [[GREY // 3, GREY // 3], [GREY // 3, GREY]]
 
 
 @pytest.mark.parametrize("size", [(40, 30), (30, 41), (3, 400), (1280, 720)])
 def test_all_pictures_of_a_run_have_one_even_size(size: tuple[int, int]) -> None:
-    short, long = (
-        draw_seen(seen_of(one_picture((2, 2)), [1], size=size, text=text), "?") for text in ("", "no " * 400)
-    )
+    short, long = (sheet(seen_of(one_picture((2, 2)), [1], size=size, text=text)) for text in ("", "no " * 400))
     assert short.size == long.size
     assert short.width % 2 == short.height % 2 == 0
 
 
 def test_words_are_readable_and_within_the_picture() -> None:
     seen = seen_of(one_picture((2, 2)), [1])
-    strip = np.asarray(draw_seen(seen, "Is it?"))[640:]
+    strip = np.asarray(sheet(seen))[640:]
     assert strip.max() == 255  # white
     assert strip[:, 0].max() == strip[:, -1].max() == strip[0].max() == 16  # the ground, all around
-    blank = np.asarray(draw_seen(seen_of(one_picture((2, 2)), [1], text=""), "Is it?"))[640:]
+    blank = np.asarray(sheet(seen_of(one_picture((2, 2)), [1], text="")))[640:]
     changed = np.flatnonzero((strip != blank).any((1, 2)))
     assert len(changed)
     assert 12 + 2 * 26 <= changed[0] <= changed[-1] < 12 + 5 * 26  # the lines of the answer

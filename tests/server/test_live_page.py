@@ -1,14 +1,21 @@
-"""Viewers of the live page: each gets what is newest, and none holds up whoever puts it there."""
+"""Viewers of the live page: each gets what is newest, and none holds up whoever puts it there.
+
+The page itself is opened in a real browser.
+"""
 
 from __future__ import annotations
 
 import http.client
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.browser import Visit, chromium
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="the page needs FastAPI")
 from flashvlm_export.errors import ConfigError
@@ -51,14 +58,14 @@ def settings(**more: object) -> ServerSettings:
 def test_a_viewer_gets_the_newest_and_nothing_that_it_missed(get: Get) -> None:
     place: Newest[Shown] = Newest()
     for number in range(1000):  # nobody looks: none is kept but the last
-        place.put(Shown(b"jpeg", {"number": number}))
+        place.put(Shown(b"jpeg", b"with words", {"number": number}))
     with showing(place, settings()) as address:
         first, second = get(address, "/live/events"), get(address, "/live/events")
         for stream in (first, second):
             seen = next_event(stream)
             assert seen["number"] == 999
             assert seen["picture"] == "data:image/jpeg;base64,anBlZw=="
-        place.put(Shown(b"other", {"number": 1000}))
+        place.put(Shown(b"other", b"with words", {"number": 1000}))
         assert next_event(first)["number"] == next_event(second)["number"] == 1000
     assert next_event(first) == next_event(second) == {"ended": True}
     assert first.read().strip() == b""
@@ -67,10 +74,13 @@ def test_a_viewer_gets_the_newest_and_nothing_that_it_missed(get: Get) -> None:
 def test_one_viewer_too_many_is_sent_away(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(live, "MOST_VIEWERS", 1)
     place: Newest[Shown] = Newest()
-    place.put(Shown(b"jpeg", {}))
+    place.put(Shown(b"jpeg", b"with words", {}))
     with showing(place, settings()) as address:
         watching = get(address, "/live.mjpg")
         assert watching.readline() == b"--frame\r\n"
+        while watching.readline() != b"\r\n":
+            pass
+        assert watching.readline() == b"with words\r\n"
         refused = get(address, "/live/events")
         assert refused.status == 503
         assert "watching already" in json.loads(refused.read())["error"]["message"]
@@ -83,3 +93,90 @@ def test_an_address_that_is_taken_is_refused() -> None:
         taken = ServerSettings(bundle=Path("bundle"), port=port)
         with pytest.raises(ConfigError, match="cannot listen"), showing(Newest(), taken):
             raise AssertionError
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Callable[..., Visit]]:
+    """Open the page; afterwards nothing else was contacted, and the console is empty."""
+    with ExitStack() as stack:
+        visits = []
+
+        def opened(base: str, **options: Any) -> Visit:
+            context = browser.new_context(**options)
+            stack.callback(context.close)
+            context.set_default_timeout(20_000)
+            visits.append(Visit(context.new_page(), base))
+            visits[-1].page.goto(f"{base}/live")
+            return visits[-1]
+
+        yield opened
+        for each in visits:
+            each.check()
+
+
+def shown(answer: str, number: int = 1) -> Shown:
+    file = io.BytesIO()
+    Image.new("RGB", (640, 480), "grey").save(file, "JPEG")
+    told = {
+        **{"prompt": "Is it <b>red</b>?", "answer": answer, "kept_tokens": 5, "visual_tokens": 16, "reconnects": 0},
+        **{"latency_ms": 119.2, "latency_p50_ms": 119.2, "latency_p99_ms": 211.0, "source_fps": None},
+        **{"answers_per_second": 8.8, "answered": number, "dropped": 2, "received": number + 2},
+    }
+    return Shown(file.getvalue(), b"with words", told)
+
+
+def test_the_page_shows_answers_as_text_and_says_when_it_ends(visit: Callable[..., Visit]) -> None:
+    place: Newest[Shown] = Newest()
+    with showing(place, settings()) as address:
+        page = visit(address).page
+        markup = "<img src=x onerror=alert(1)>"
+        for number, answer in enumerate([markup, "no", "no", "yes"], 1):
+            place.put(shown(answer, number))
+            page.locator("#figures", has_text=f"{number} in all").wait_for()
+        assert page.locator("#question").text_content() == "Is it <b>red</b>?"
+        assert page.locator("#answer").text_content() == "yes"
+        assert page.locator("#past li").all_text_contents() == ["no", markup]
+        assert page.locator("main img").count() == 1
+        assert page.evaluate("() => document.querySelector('#picture').naturalHeight") == 480
+    page.locator("#state", has_text="the source is at its end, or the program was stopped").wait_for()
+
+
+@pytest.mark.parametrize(("width", "height", "beside"), [(1280, 720, True), (390, 844, False)])
+def test_the_answer_is_in_sight_without_scrolling(
+    visit: Callable[..., Visit], width: int, height: int, beside: bool
+) -> None:
+    place: Newest[Shown] = Newest()
+    place.put(shown("yes"))
+    with showing(place, settings()) as address:
+        page = visit(address, viewport={"width": width, "height": height}).page
+        answer = page.locator("#answer", has_text="yes").bounding_box()
+        picture = page.locator("#picture").bounding_box()
+        assert answer["y"] + answer["height"] < height
+        assert (answer["x"] > picture["x"] + picture["width"]) == beside
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+
+
+def test_the_page_asks_for_a_key_until_it_is_right(visit: Callable[..., Visit], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sesame\n", encoding="utf-8")
+    place: Newest[Shown] = Newest()
+    place.put(shown("yes"))
+    with showing(place, settings(api_keys=tmp_path / "keys")) as address:
+        page = (opened := visit(address)).page
+        opened.expected.append("Failed to load resource.*401")
+        field = page.get_by_label("This camera needs an API key")
+        for key in ("wrong", "sesame"):
+            field.wait_for()
+            assert "API key" in page.locator("#state").inner_text()
+            field.fill(key)
+            field.press("Enter")
+        page.locator("#answer", has_text="yes").wait_for()
+        assert field.is_hidden()

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -261,6 +262,7 @@ def test_both_runs_stand_beside_each_other(visit: Open, server: str) -> None:
 def test_a_follow_up_continues_and_reuses_the_picture(visit: Open, server: str) -> None:
     page = (opened := visit(server)).page
     choose(page, white(85))
+    page.get_by_label("Continue from earlier answers").check()
     ask(page)
     answered(page)
     ask(page, "And a dog?")
@@ -279,6 +281,60 @@ def test_a_follow_up_continues_and_reuses_the_picture(visit: Open, server: str) 
     ask(page, "What is new?")
     answered(page)
     assert len(opened.asked[2]["messages"]) == 1
+
+
+def test_a_question_stands_alone_unless_it_is_to_go_on(visit: Open, server: str) -> None:
+    page = (opened := visit(server)).page
+    assert not page.get_by_label("Continue from earlier answers").is_checked()
+    choose(page, content := white(79))
+    ask(page)
+    answered(page)
+    ask(page, "And a dog?")
+    answered(page, 2)
+    assert opened.asked[1]["messages"] == [user("And a dog?", content)]
+    assert "Picture reused" in page.locator(".turns > li").nth(1).inner_text()
+
+
+def test_what_is_no_number_leaves_the_budget_as_it_was(visit: Open, script: ScriptedServer) -> None:
+    page = (opened := visit(script.base)).page
+    page.fill("#count", "7")
+    page.press("#count", "Tab")
+    for typed, left in (("", "7"), ("-", "7"), ("0", "1"), ("99", "16"), ("3", "3"), ("", "3")):
+        page.fill("#count", "")
+        page.locator("#count").press_sequentially(typed)
+        page.press("#count", "Tab")
+        assert page.input_value("#count") == page.input_value("#budget") == left
+    choose(page, white(40))
+    page.fill("#question", QUESTION)
+    page.fill("#count", "")
+    page.press("#count", "Enter")
+    answered(page)
+    assert page.input_value("#count") == "3"
+    assert opened.asked[0]["token_budget"] == 3
+
+
+def test_what_no_stage_took_stands_by_itself(visit: Open, script: ScriptedServer) -> None:
+    def slow(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        time.sleep(0.1)  # before any stage
+        yield from answer(body)
+
+    page = visit(script.base).page
+    script.script = slow
+    choose(page, white(40))
+    ask(page)
+    answered(page)
+    terms = page.locator(".legend dt").all_inner_texts()
+    times = dict(zip(terms, map(milliseconds, page.locator(".legend dd").all_inner_texts()), strict=True))
+    first, whole = times.pop("first token"), times.pop("whole answer")
+    assert 100 <= first <= whole
+    assert sum(times.values()) == pytest.approx(whole, abs=1.5)  # as rounded
+    assert times["elsewhere"] >= 60
+    assert "Elsewhere: browser" in page.locator(".times").inner_text()
+
+
+def milliseconds(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * {"ms": 1, "s": 1000}[unit]
 
 
 def test_a_large_picture_is_made_smaller_first(visit: Open, server: str) -> None:
@@ -323,6 +379,7 @@ def test_a_refusal_is_shown_in_the_servers_words_and_the_question_stays(visit: O
     ask(page, long := "cat " * 9000)
     assert "a prompt has at most 4096 tokens of text here" in alert(page)
     assert page.get_attribute("#alert", "role") == "alert"
+    assert page.get_by_role("button", name="Try again").count() == 0
     assert page.input_value("#question") == long.strip()
     assert page.locator(".turns > li").count() == 0
 
@@ -356,6 +413,56 @@ def test_a_busy_server_says_when_to_come_back(visit: Open, script: ScriptedServe
     assert alert(page) == "64 requests wait already\nThe server asks to wait 7 s."
 
 
+@pytest.mark.parametrize(("status", "offered"), [(400, 0), (404, 0), (413, 0), (408, 1), (429, 1), (500, 1), (503, 1)])
+def test_trying_again_is_offered_where_it_can_help(
+    visit: Open, script: ScriptedServer, status: int, offered: int
+) -> None:
+    def refusing(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        raise Refusal(status, "no", {})
+        yield {}
+
+    page = (opened := visit(script.base)).page
+    opened.expected.append(f"{FAILED_TO_LOAD}.*{status}")
+    script.script = refusing
+    choose(page, white(40))
+    ask(page)
+    assert alert(page) == "no"
+    assert page.get_by_role("button", name="Try again").count() == offered
+
+
+@pytest.mark.parametrize(("kind", "offered"), [("invalid_request_error", 0), ("server_error", 1)])
+def test_an_error_within_an_answer_says_whether_trying_again_can_help(
+    visit: Open, script: ScriptedServer, kind: str, offered: int
+) -> None:
+    def breaking(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield selection([0])
+        yield {"error": {"message": "<b>no</b>", "type": kind, "param": None, "code": None}}
+
+    page = visit(script.base).page
+    script.script = breaking
+    choose(page, white(40))
+    ask(page)
+    assert alert(page) == "<b>no</b>"
+    assert page.get_by_role("button", name="Try again").count() == offered
+
+
+def test_what_a_model_says_is_text(visit: Open, script: ScriptedServer) -> None:
+    markup = "<img src=x onerror=alert(1)><script>alert(1)</script>"
+
+    def hostile(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield selection([0])
+        yield words(markup)
+        yield ending(**{markup: 1.0})
+
+    page = visit(script.base).page
+    script.script = hostile
+    choose(page, white(40))
+    ask(page, markup)
+    answered(page)
+    assert page.locator(".answer").text_content() == page.locator("h3").text_content() == markup
+    assert page.locator(".turns :is(img, script)").count() == 0
+
+
 def test_an_error_within_an_answer_leaves_what_was_heard(visit: Open, script: ScriptedServer) -> None:
     def breaking(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield selection([0])
@@ -371,6 +478,7 @@ def test_an_error_within_an_answer_leaves_what_was_heard(visit: Open, script: Sc
     assert "Not answered." in page.locator(".notes").inner_text()
     assert page.input_value("#question") == QUESTION
     script.script = answer  # what was not answered is no part of the conversation
+    page.check("#follow")
     page.get_by_role("button", name="Try again").click()
     answered(page, 2)
     assert len(opened.asked[1]["messages"]) == 1
@@ -432,6 +540,7 @@ def test_kept_tokens_light_up_before_the_first_word_and_stop_ends_the_answer(
     said = waits.text_content()
 
     script.script = answer  # what was heard of an answer is part of the conversation
+    page.check("#follow")
     ask(page, "And?")
     answered(page, 2)
     assert opened.asked[1]["messages"][1] == {"role": "assistant", "content": said}
@@ -555,6 +664,9 @@ def test_all_of_it_works_from_the_keyboard(visit: Open, server: str) -> None:
     assert int(page.input_value("#count")) == before - 1
     tab_to("#compare")
     page.keyboard.press("Space")
+    tab_to("#follow")
+    page.keyboard.press("Space")
+    assert page.is_checked("#follow")
     tab_to("#question")
     page.keyboard.type(QUESTION)
     page.keyboard.press("Shift+Enter")
@@ -628,6 +740,53 @@ def test_nothing_sticks_out_on_a_phone(visit: Open, server: str, width: int, hei
     ask(page, "Is there a very_long_word_that_has_no_place_where_a_line_could_break_it_in_two?")
     page.locator("table").wait_for()
     check()
+
+
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True, "reduced_motion": "reduce"}
+
+
+def clear(page: Any, selector: str) -> bool:
+    """Whether the first line of it lies between the picture and the form."""
+    return page.evaluate(
+        """(selector) => {
+            const box = document.querySelector(selector).getBoundingClientRect();
+            const at = document.elementFromPoint(box.left + 20, box.top + 12);
+            return at !== null && document.querySelector(selector).contains(at);
+        }""",
+        selector,
+    )
+
+
+def test_on_a_phone_the_verdict_is_in_sight(visit: Open, script: ScriptedServer) -> None:
+    page = visit(script.base, **PHONE).page
+    choose(page, white(40))
+    page.check("#compare")
+    for count in (1, 2):
+        ask(page)
+        answered(page, count)
+        page.wait_for_function("() => !document.querySelector('.waiting')")
+        assert clear(page, f".turns > li:nth-child({count}) .verdict")
+
+
+def test_on_a_phone_a_long_error_is_read_from_its_beginning(visit: Open, script: ScriptedServer) -> None:
+    def refusing(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        raise Refusal(503, "too much " * 200, {})
+        yield {}
+
+    page = (opened := visit(script.base, **PHONE)).page
+    opened.expected.append(f"{FAILED_TO_LOAD}.*503")
+    choose(page, white(40))
+    ask(page)
+    answered(page)
+    script.script = refusing
+    ask(page, "A long question. " * 40)
+    alert(page)
+    assert clear(page, "#alert p")
+    top, bottom = page.evaluate(
+        """() => ["#alert", "#window"].map((one) => document.querySelector(one).getBoundingClientRect())
+            .map((box, place) => (place ? box.bottom : box.top))"""
+    )
+    assert top >= bottom  # the picture is in sight too
 
 
 # ---- the files

@@ -44,9 +44,12 @@ export function setUpCamera({ button, capture, dialog, video, take, close }, onP
   }
 
   async function shoot() {
-    const picture = await jpeg(video, video.videoWidth, video.videoHeight);
+    try {
+      onPicture(await jpeg(video, video.videoWidth, video.videoHeight));
+    } catch (error) {
+      onProblem(error);
+    }
     dialog.close();
-    onPicture(picture);
   }
 
   function stop() {

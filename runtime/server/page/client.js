@@ -3,18 +3,24 @@
 // Relative to this file, so that the page also works below another path of a proxy.
 const API = new URL("../v1/", import.meta.url);
 const KEY = "flashvlm-api-key";
+// Besides 500 and above: no response, one that came too slowly, too many requests.
+const PASSING = new Set([0, 408, 429]);
 
 /** What the server, or the way to it, refused. `message` is the server's own where it gave one. */
 export class ApiError extends Error {
   /**
    * @param {string} message
-   * @param {{status?: number, retryAfterS?: number}} [details] `status` is 0 where no response came at all.
+   * @param {object} [details]
+   * @param {number} [details.status] 0 where no response came at all.
+   * @param {number} [details.retryAfterS]
+   * @param {boolean} [details.passing] Whether the same request may succeed later; by default, what the status says.
    */
-  constructor(message, { status = 0, retryAfterS } = {}) {
+  constructor(message, { status = 0, retryAfterS, passing = PASSING.has(status) || status >= 500 } = {}) {
     super(message);
     this.name = "ApiError";
     this.status = status;
     this.retryAfterS = retryAfterS;
+    this.passing = passing;
   }
 }
 
@@ -48,10 +54,24 @@ export async function* streamAnswer(body, signal) {
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(chunk.error.message, { status: response.status });
+    if (chunk.error) {
+      const { message, type } = chunk.error;
+      throw new ApiError(message, { status: response.status, passing: type === "server_error" });
+    }
     yield chunk;
   }
-  throw new ApiError("The server ended the answer before it was complete.", { status: response.status });
+  const cut = "The server ended the answer before it was complete.";
+  throw new ApiError(cut, { status: response.status, passing: true });
+}
+
+/**
+ * Yield each object that `/live/events` sends, until the server ends the stream.
+ *
+ * EventSource cannot send a key, so the events are read from a fetch, as those of answers are.
+ */
+export async function* streamLive() {
+  const response = await request("../live/events");
+  for await (const data of events(response.body)) yield JSON.parse(data);
 }
 
 async function request(path, options = {}) {

@@ -1,81 +1,90 @@
-"use strict";
+/** The live page: the newest frame with its answer, and what was answered before. */
 
-// EventSource cannot send a key, so the events are read from a fetch.
+import { ApiError, streamLive, useKey } from "./client.js";
+import { element } from "./element.js";
+
+const PAST = 20;
+const AGAIN_MS = 2000;
 
 const part = (id) => document.getElementById(id);
-const PAST = 20;
-let key = "";
 
 const round = (value, digits = 0) => (value === null ? "–" : value.toFixed(digits));
+
+function say(state) {
+  // A screen reader says again what is set again.
+  if (part("state").textContent !== state) part("state").textContent = state;
+}
 
 function show(seen) {
   part("picture").src = seen.picture;
   part("picture").hidden = false;
-  const old = part("answer").textContent;
-  if (old && old !== seen.answer.trim()) {
-    const item = document.createElement("li");
-    item.textContent = old;
-    part("past").prepend(item);
-    while (part("past").children.length > PAST) part("past").lastChild.remove();
-  }
-  part("answer").textContent = seen.answer.trim();
-  const numbers = {
+  part("frame").hidden = true;
+  part("seen").hidden = false;
+  part("question").textContent = seen.prompt;
+  showAnswer(seen.answer.trim());
+  const figures = {
     "kept visual tokens": `${seen.kept_tokens} of ${seen.visual_tokens}`,
     "latency, capture to answer": `${round(seen.latency_ms)} ms`,
     "median, 99 %": `${round(seen.latency_p50_ms)} ms, ${round(seen.latency_p99_ms)} ms`,
-    "source": `${round(seen.source_fps, 1)} frames/s`,
-    "answers": `${round(seen.answers_per_second, 2)} per second, ${seen.answered} in all`,
+    source: `${round(seen.source_fps, 1)} frames/s`,
+    answers: `${round(seen.answers_per_second, 2)} per second, ${seen.answered} in all`,
     "frames dropped": `${seen.dropped} of ${seen.received}`,
-    "reconnects": seen.reconnects,
+    reconnects: String(seen.reconnects),
   };
-  part("numbers").replaceChildren(...Object.entries(numbers).flatMap(([name, value]) => {
-    const [term, description] = [document.createElement("dt"), document.createElement("dd")];
-    [term.textContent, description.textContent] = [name, value];
-    return [term, description];
-  }));
+  part("figures").replaceChildren(
+    ...Object.entries(figures).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]),
+  );
 }
 
+/** Put an answer in the place of the one before, which goes to the earlier ones; the same again changes nothing. */
+function showAnswer(answer) {
+  const before = part("answer").textContent;
+  if (answer === before) return;
+  part("answer").textContent = answer;
+  if (!before) return;
+  part("earlier").hidden = false;
+  part("past").prepend(element("li", {}, before));
+  while (part("past").children.length > PAST) part("past").lastChild.remove();
+}
+
+/** Show what comes until it ends; whether it ended for good. */
 async function watch() {
-  const response = await fetch("/live/events", key ? { headers: { Authorization: `Bearer ${key}` } } : {});
-  part("door").hidden = response.status !== 401;
-  if (!response.ok) {
-    part("state").textContent = (await response.json()).error.message;
-    return response.status !== 401;
-  }
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return true;
-    const events = (text + value).split("\n\n");
-    text = events.pop();
-    for (const one of events) {
-      const seen = JSON.parse(one.slice("data: ".length));
-      if (seen.ended) {
-        part("state").textContent = "The source has ended.";
-        return false;
-      }
-      part("state").textContent = seen.prompt;
-      show(seen);
+  for await (const seen of streamLive()) {
+    if (seen.ended) {
+      say("Watching has ended: the source is at its end, or the program was stopped.");
+      return true;
     }
+    say("Watching.");
+    show(seen);
   }
+  return false; // the way there broke off
 }
 
 async function keepWatching() {
-  let again = true;
-  while (again) {
+  for (;;) {
+    say("Connecting …");
     try {
-      again = await watch();
+      if (await watch()) return;
+      say("Not connected; trying again …");
     } catch (error) {
-      part("state").textContent = "Not connected; trying again …";
+      if (!(error instanceof ApiError)) console.error(error); // a fault of this page
+      say(error.status ? error.message : "Not connected; trying again …");
+      if (error.status === 401) {
+        part("door").hidden = false;
+        part("key").focus();
+        return;
+      }
     }
-    if (again) await new Promise((resolve) => setTimeout(resolve, 2000));
+    await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
   }
 }
 
-part("door").addEventListener("submit", (submitted) => {
-  submitted.preventDefault();
-  key = part("key").value.trim();
+part("door").addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(part("key").value.trim());
+  part("key").value = "";
+  part("door").hidden = true;
   keepWatching();
 });
+
 keepWatching();

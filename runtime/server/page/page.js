@@ -23,6 +23,8 @@ let model = null;
 let picture = null;
 /** Completed questions and answers about the picture. */
 let history = [];
+/** How many pictures were given so far: one that takes long to open does not replace a later one. */
+let given = 0;
 /** @type {AbortController|null} Of the answer that is being written. */
 let running = null;
 /** @type {import("./turn.js").Run|null} Whose tokens are on the picture. */
@@ -57,7 +59,7 @@ async function loadModel() {
  * Say what went wrong, in the server's own words where it spoke.
  *
  * @param {Error|string} problem
- * @param {() => void} [again] Offered as “Try again”; also done once an API key was given.
+ * @param {() => void} [again] Offered as “Try again” where that can help; also done once an API key was given.
  */
 function complain(problem, again) {
   const known = typeof problem === "string" || problem instanceof ApiError || problem instanceof PictureError;
@@ -68,7 +70,7 @@ function complain(problem, again) {
   part("key-form").hidden = !missingKey;
   afterKey = missingKey ? again : null;
   alertBox.replaceChildren(element("p", {}, words.join("\n")));
-  if (again && !missingKey) {
+  if (again && (problem.passing ?? known)) {
     const button = element("button", { class: "button", type: "button" }, "Try again");
     button.addEventListener("click", () => {
       part("ask").focus(); // this button is about to go
@@ -77,6 +79,7 @@ function complain(problem, again) {
     alertBox.append(button);
   }
   alertBox.hidden = false;
+  if (!sticks(part("dock"))) alertBox.scrollIntoView({ block: "nearest" });
   if (missingKey) part("key").focus();
 }
 
@@ -100,13 +103,18 @@ part("key-form").addEventListener("submit", (event) => {
 // ---- the picture
 
 async function takePicture(blob, name) {
+  const number = ++given;
   try {
     const { max_image_pixels: maxPixels, max_body_bytes: maxBytes } = model?.flashvlm ?? {};
     const prepared = await preparePicture(blob, name, { maxPixels, maxBytes });
+    if (number !== given) {
+      prepared.bitmap.close();
+      return;
+    }
     running?.abort();
     picture = prepared;
   } catch (error) {
-    complain(error);
+    if (number === given) complain(error);
     return;
   }
   quiet();
@@ -171,11 +179,17 @@ budget.addEventListener("input", () => {
   markBudget();
 });
 
-count.addEventListener("change", () => {
-  budget.value = Math.round(count.value) || 1; // a range input keeps to its limits by itself
+/** Take over what was typed; where that is no number, the last budget stays. */
+function commitCount() {
+  const typed = count.valueAsNumber;
+  if (!Number.isNaN(typed)) budget.value = Math.round(typed); // a range input keeps to its limits by itself
   count.value = budget.value;
   markBudget();
-});
+}
+
+count.addEventListener("change", commitCount);
+// Letters are no value: a browser may see no change in them.
+count.addEventListener("blur", commitCount);
 
 // ---- the question
 
@@ -250,9 +264,14 @@ function setRunning(controller) {
   part("ask").setAttribute("aria-disabled", String(running !== null));
 }
 
-/** All that was said and the new question, with the picture where it came. Both runs of a turn hear the same. */
+/**
+ * The new question, after all that was said if it is to go on from there, with the picture where it came.
+ *
+ * By default each question stands alone: small models, trained on single questions, repeat an earlier answer otherwise.
+ */
 function conversation(text) {
-  const messages = history.flatMap((past) => [
+  const before = part("follow").checked ? history : [];
+  const messages = before.flatMap((past) => [
     { role: "user", content: past.question },
     { role: "assistant", content: past.answer },
   ]);
@@ -277,19 +296,26 @@ function settle(turn, problem, stopped) {
   bringIntoSight(turn);
 }
 
-/** Scroll as little as is needed to see a turn above the form. */
+/** Scroll as little as is needed to see a turn between picture and form, or else its comparison. */
 function bringIntoSight(turn) {
-  leaveOutDock();
-  turn.element.scrollIntoView({ block: "nearest" });
+  leaveOutCovers();
+  // Nearest also means: of what is too tall, the beginning. Styles say whether the way there is seen.
+  (turn.comparison ?? turn.element).scrollIntoView({ block: "nearest" });
 }
 
-// What scrolls into sight, focus too, is not to lie behind the form.
-function leaveOutDock() {
-  const covers = getComputedStyle(part("dock")).position === "sticky";
-  document.documentElement.style.scrollPaddingBottom = covers ? `${part("dock").offsetHeight}px` : "";
+// What scrolls into sight, focus too, is to lie neither behind the form nor, on a phone, behind the picture.
+function leaveOutCovers() {
+  const { style } = document.documentElement;
+  style.scrollPaddingTop = sticks(part("window")) ? `${part("window").offsetHeight}px` : "";
+  style.scrollPaddingBottom = sticks(part("dock")) ? `${part("dock").offsetHeight}px` : "";
 }
 
-new ResizeObserver(leaveOutDock).observe(part("dock"));
+function sticks(covering) {
+  return getComputedStyle(covering).position === "sticky";
+}
+
+const covers = new ResizeObserver(leaveOutCovers);
+for (const id of ["window", "dock"]) covers.observe(part(id));
 
 /** Stream one run's answer into its place. */
 async function hear(run, messages, signal) {

@@ -44,8 +44,8 @@ export async function preparePicture(blob, name, { maxPixels = Infinity, maxByte
   if (scale === 1 && fits && SENT_AS_THEY_ARE.has(blob.type)) {
     return { url: await dataUri(blob), bitmap: original, name, note: `${name}, ${size}` };
   }
-  const sent = await jpeg(original, Math.max(1, Math.floor(width * scale)), Math.max(1, Math.floor(height * scale)));
-  original.close();
+  const [wide, high] = [width, height].map((side) => Math.max(1, Math.floor(side * scale)));
+  const sent = await jpeg(original, wide, high).finally(() => original.close());
   const bitmap = await createImageBitmap(sent);
   const how = scale < 1 ? `a smaller JPEG of ${bitmap.width} × ${bitmap.height}` : "JPEG";
   return { url: await dataUri(sent), bitmap, name, note: `${name}, ${size}, sent as ${how}` };

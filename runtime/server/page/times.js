@@ -18,7 +18,7 @@ const STAGES = new Map([
 ]);
 // What a picture costs once: a server that remembers it skips these.
 const ONCE = ["load_images", "preprocess", "encode"];
-const COLOURED = new Set(["encode", "visual", "select", "prefill", "decode"]);
+const COLOURED = new Set(["encode", "visual", "select", "prefill", "decode", "elsewhere"]);
 
 /**
  * @typedef {object} Times Of one answer.
@@ -32,6 +32,15 @@ const COLOURED = new Set(["encode", "visual", "select", "prefill", "decode"]);
 export function duration(ms) {
   if (ms >= 999.5) return `${(ms / 1000).toFixed(2)} s`;
   return ms >= 9.95 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`;
+}
+
+/**
+ * Return what a run took beyond its stages: the browser, the network, and the server's taking in of the request.
+ *
+ * @param {Times} run
+ */
+export function elsewhereMs(run) {
+  return Math.max(0, run.totalMs - stageSum(run));
 }
 
 /** Return whether the server had encoded the picture before. */
@@ -60,10 +69,11 @@ export function compareFirstToken(kept, all) {
  * @param {Times[]} runs One, or the pruned one and the one with all tokens.
  */
 export function timesFigure(runs) {
-  const longest = Math.max(...runs.map(stageSum));
+  const longest = Math.max(...runs.map((run) => stageSum(run) + elsewhereMs(run)));
   const bars = runs.map((run) => bar(run, longest, runs.length > 1));
-  if (runs.length === 1) return element("figure", { class: "times" }, ...bars, legend(runs[0]));
-  return element("figure", { class: "times" }, verdict(...runs), ...bars, table(...runs));
+  const where = element("p", { class: "muted" }, "Elsewhere: browser, network, and taking in the request.");
+  if (runs.length === 1) return element("figure", { class: "times" }, ...bars, legend(runs[0]), where);
+  return element("figure", { class: "times" }, verdict(...runs), ...bars, table(...runs), where);
 }
 
 function stageSum({ stageMs }) {
@@ -90,13 +100,15 @@ function stageName(stage) {
 
 /** A picture of what the legend or table says in words. */
 function bar(run, longest, labelled) {
-  const parts = stagesOf(run).map((stage) => {
-    const part = element("span", { class: stageClass(stage) });
-    part.style.flexGrow = run.stageMs[stage] / longest;
+  const piece = (kind, ms) => {
+    const part = element("span", { class: kind });
+    part.style.flexGrow = ms / longest;
     return part;
-  });
-  const rest = element("span", { class: "stage-none" });
-  rest.style.flexGrow = 1 - stageSum(run) / longest;
+  };
+  const parts = stagesOf(run).map((stage) => piece(stageClass(stage), run.stageMs[stage]));
+  const elsewhere = elsewhereMs(run);
+  parts.push(piece("stage-elsewhere", elsewhere));
+  const rest = piece("stage-none", longest - stageSum(run) - elsewhere);
   const label = labelled ? [element("span", { class: "bar-label" }, String(run.tokens))] : [];
   const whole = element("div", { class: "parts" }, ...parts, rest);
   return element("div", { class: "bar", "aria-hidden": "true" }, ...label, whole);
@@ -111,6 +123,7 @@ function legend(run) {
     item("whole", run.firstTokenMs, "first token"),
     item("whole", run.totalMs, "whole answer"),
     ...stagesOf(run).map((stage) => item("", run.stageMs[stage], swatch(stage), stageName(stage))),
+    item("", elsewhereMs(run), swatch("elsewhere"), "elsewhere"),
   );
 }
 
@@ -153,6 +166,7 @@ function table(kept, all) {
         const [before, after] = [kept.stageMs[stage], all.stageMs[stage]];
         return row([swatch(stage), stageName(stage)], before, after, ratioOf(before, after));
       }),
+      row([swatch("elsewhere"), "elsewhere"], elsewhereMs(kept), elsewhereMs(all), ""),
     ),
   );
 }

@@ -102,6 +102,11 @@ export class Turn {
     this.element = element("li", { class: "turn" }, element("h3", {}, question), runs, this.#times);
   }
 
+  /** What both runs' times say about each other, once that is known. */
+  get comparison() {
+    return this.#times.querySelector("figure:has(.verdict)");
+  }
+
   /** Show the times of the runs that are complete. */
   showTimes() {
     const complete = this.runs.filter((run) => run.complete);
