@@ -77,7 +77,7 @@ export async function* streamLive() {
 async function request(path, options = {}) {
   const headers = new Headers(options.headers);
   const key = sessionStorage.getItem(KEY);
-  if (key) headers.set("Authorization", `Bearer ${key}`);
+  if (key) headers.set("Authorization", `Bearer ${sendable(key)}`);
   const response = await reach(() => fetch(new URL(path, API), { ...options, headers }));
   if (response.ok) return response;
   const said = await response.json().catch(() => null);
@@ -85,6 +85,13 @@ async function request(path, options = {}) {
     status: response.status,
     retryAfterS: Number(response.headers.get("Retry-After")) || undefined,
   });
+}
+
+/** A key that no header can carry would fail before the server sees it, again and again. */
+function sendable(key) {
+  if (/^[\x21-\x7e]+$/.test(key)) return key;
+  sessionStorage.removeItem(KEY);
+  throw new ApiError("This API key has characters that no key has.", { status: 401 });
 }
 
 /** Yield the data of server-sent events; one line holds one event's data here. */

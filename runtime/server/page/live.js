@@ -5,6 +5,7 @@ import { element } from "./element.js";
 
 const PAST = 20;
 const AGAIN_MS = 2000;
+const LOST = "Not connected; trying again …";
 
 const part = (id) => document.getElementById(id);
 
@@ -47,34 +48,48 @@ function showAnswer(answer) {
   while (part("past").children.length > PAST) part("past").lastChild.remove();
 }
 
-/** Show what comes until it ends; whether it ended for good. */
+/** Show what comes until it ends; what there is to say then. */
 async function watch() {
   for await (const seen of streamLive()) {
     if (seen.ended) {
-      say("Watching has ended: the source is at its end, or the program was stopped.");
-      return true;
+      return "Watching has ended: the source is at its end, or the program was stopped. Waiting for it to begin again …";
     }
     say("Watching.");
     show(seen);
   }
-  return false; // the way there broke off
+  return LOST; // the way there broke off
 }
 
+let watching = false;
+
+/** Watch for as long as the page is open, also when the program is started anew; not twice at a time. */
 async function keepWatching() {
+  if (watching) return;
+  watching = true;
+  try {
+    await watchAgainAndAgain();
+  } finally {
+    watching = false;
+  }
+}
+
+async function watchAgainAndAgain() {
+  let state;
+  say("Connecting …");
   for (;;) {
-    say("Connecting …");
     try {
-      if (await watch()) return;
-      say("Not connected; trying again …");
+      state = await watch();
     } catch (error) {
       if (!(error instanceof ApiError)) console.error(error); // a fault of this page
-      say(error.status ? error.message : "Not connected; trying again …");
+      state = error.status ? error.message : LOST;
       if (error.status === 401) {
+        say(state);
         part("door").hidden = false;
         part("key").focus();
         return;
       }
     }
+    say(state);
     await new Promise((resolve) => setTimeout(resolve, AGAIN_MS));
   }
 }

@@ -18,7 +18,9 @@ export function takePictures(part, onPicture, onProblem) {
     });
   }
 
-  document.addEventListener("paste", ({ clipboardData }) => {
+  document.addEventListener("paste", ({ clipboardData, target }) => {
+    // Office programs put a picture of a text beside it: where text can go, the text is meant.
+    if (clipboardData.types.includes("text/plain") && target.matches?.("textarea, input")) return;
     const file = [...clipboardData.files].find(({ type }) => type.startsWith("image/"));
     if (file) onPicture(file, "Pasted picture");
   });

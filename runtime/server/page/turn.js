@@ -41,7 +41,7 @@ export class Run {
 
   /** Take in a chunk of the stream, `ms` after the question was sent. */
   take(chunk, ms) {
-    const choice = chunk.choices[0];
+    const choice = chunk.choices?.[0];
     if (chunk.flashvlm?.images?.length) this.#select(chunk.flashvlm.images[0]);
     if (choice?.delta?.content) {
       this.firstTokenMs ??= ms;
