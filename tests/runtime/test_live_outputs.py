@@ -87,9 +87,7 @@ def test_words_are_readable_and_within_the_picture() -> None:
 def test_figures_in_words() -> None:
     """Each in its place: they are all different."""
     seen = seen_of(one_picture((2, 3)), [0, 4])
-    assert numbers(seen) == (
-        "kept 2 of 6 tokens, latency 210 ms, source 15.0 frames/s, 2.0 answers/s, 26 dropped"
-    )
+    assert numbers(seen) == ("kept 2 of 6 tokens, latency 210 ms, source 15.0 frames/s, 2.0 answers/s, 26 dropped")
 
 
 def test_wrapping() -> None:
