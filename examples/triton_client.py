@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 
+import grpc
 import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import SessionError
+from flashvlm_export.errors import FlashVLMError, SessionError
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Request
 from flashvlm_export.runtime.sessions.base import VisualOutputs, VisualSession
-from flashvlm_export.specs import Feeds, Precision, visual_graph_spec
+from flashvlm_export.specs import Array, Feeds, Precision, visual_graph_spec
 
 
 class TritonSession(VisualSession):
@@ -44,8 +45,22 @@ class TritonSession(VisualSession):
     def _open(self) -> None:
         self._client = triton.InferenceServerClient(self.url)
         try:
+            self._read_config()
+        except BaseException:
+            self._client.close()
+            raise
+
+    def _read_config(self) -> None:
+        try:
             config = self._client.get_model_config(self.model).config
         except InferenceServerException as error:
+            if error.status() == str(grpc.StatusCode.UNAVAILABLE):
+                raise SessionError(
+                    "the server cannot be reached",
+                    received=error.message(),
+                    expected=f"the gRPC endpoint of Triton at {self.url}",
+                    hint="start it: tritonserver --model-repository=REPO; port 8001 is the one for gRPC",
+                ) from error
             raise SessionError(
                 "the server does not have this model",
                 received=error.message(),
@@ -58,6 +73,7 @@ class TritonSession(VisualSession):
         (text,) = (tensor for tensor in config.input if tensor.name == "text_embeds")
         is_half = text.data_type == triton.model_config_pb2.TYPE_FP16
         self.spec = visual_graph_spec(self.bundle.manifest.dims, Precision.FP16 if is_half else Precision.FP32)
+        self._max_rows = config.max_batch_size  # 0 where a request is never put together with others: no limit
 
     def _close(self) -> None:
         self._client.close()
@@ -69,6 +85,18 @@ class TritonSession(VisualSession):
         arrays["text_embeds"] = np.pad(arrays["text_embeds"], ((0, 0), (0, padding), (0, 0)))
         arrays["text_mask"] = np.pad(arrays["text_mask"], ((0, 0), (0, padding)))
         arrays["keep"] = np.zeros((rows, int(arrays.pop("budget"))), np.bool_)  # its width is the budget
+        most = self._max_rows or rows
+        parts = [
+            # Where there is a limit, every input has a row for each image.
+            self._infer(
+                {name: array[first : first + most] for name, array in arrays.items()} if most < rows else arrays
+            )
+            for first in range(0, rows, most)
+        ]
+        return VisualOutputs(*(np.concatenate(outputs) for outputs in zip(*parts, strict=True)))
+
+    def _infer(self, arrays: Feeds) -> list[Array]:
+        """Return the outputs of one request."""
         inputs = []
         for name, array in arrays.items():
             inputs.append(triton.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
@@ -77,7 +105,7 @@ class TritonSession(VisualSession):
             result = self._client.infer(self.model, inputs)
         except InferenceServerException as error:
             raise SessionError("the server cannot run this request", received=error.message()) from error
-        return VisualOutputs(*(result.as_numpy(tensor.name) for tensor in self.spec.outputs))
+        return [result.as_numpy(tensor.name) for tensor in self.spec.outputs]
 
 
 def main() -> None:
@@ -98,4 +126,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FlashVLMError as error:
+        raise SystemExit(f"triton_client.py: {error}") from None

@@ -162,12 +162,20 @@ def _require_within(option: str, value: int, least: int, most: int) -> None:
 
 
 def _require_free(directory: Path, *, overwrite: bool) -> None:
-    """Raise :class:`StorageError` unless ``directory`` may be written: a model of another program's never."""
+    """Raise :class:`StorageError` unless ``directory`` may be written: what others put there never."""
     with storage_errors(directory):
         if not directory.exists():
             return
         config = directory / CONFIG
         is_ours = config.is_file() and config.read_bytes().startswith(HEADER.encode())
+        others = sorted(path.name for path in directory.iterdir() if path.name not in (CONFIG, VERSION))
+    if is_ours and overwrite and others:
+        raise StorageError(
+            "the model's directory has more than this command wrote, which would be lost",
+            received=f"{directory}: {', '.join(others)}",
+            expected=f"{CONFIG} and {VERSION} alone",
+            hint="move the rest away, or export under another --name",
+        )
     if not (is_ours and overwrite):
         raise StorageError(
             "the repository has a model of this name",

@@ -133,7 +133,7 @@ def find_engine(
         hint=f"name target and precision, such as --engine {fitting[0].entry.target} "
         f"--precision {fitting[0].entry.precision}"
         if fitting
-        else build_command(bundle, precision.value if precision else "fp16", target, for_triton=for_triton),
+        else build_command(bundle, precision.value if precision else _usual(bundle), target, for_triton=for_triton),
     )
 
 
@@ -160,6 +160,11 @@ def check_engine(bundle: Bundle, engine: Engine, *, verify: bool = True) -> None
             received=engine.file,
             hint=f"build it again: {command}",
         )
+
+
+def _usual(bundle: Bundle) -> str:
+    """Return the precision that most engines are built in, or another if the bundle has no graph in that."""
+    return "fp16" if "fp16" in bundle.manifest.graphs else next(iter(bundle.manifest.graphs))
 
 
 def write_entry(engine: Path, entry: EngineEntry) -> None:

@@ -16,7 +16,8 @@ from flashvlm_export.specs import Array
 _SIDE = 504
 _GAP = 12
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
-_SUFFIXES = ", ".join(_FORMATS)
+#: Endings of the names of pictures that can be written.
+PICTURE_SUFFIXES = tuple(_FORMATS)
 # Dark to bright through blue, red and yellow; readable in grey too, because lightness rises all the way.
 _STOPS = np.array([[0, 0, 4], [60, 15, 112], [158, 44, 98], [229, 92, 48], [251, 180, 26], [252, 255, 164]])
 
@@ -77,7 +78,8 @@ def draw_selection(
 def check_picture_path(path: Path) -> None:
     """Raise :class:`ConfigError` unless a picture can be written to ``path``."""
     if path.suffix.lower() not in _FORMATS:
-        raise ConfigError("unknown picture format", received=path.name, expected=f"a name ending in {_SUFFIXES}")
+        endings = ", ".join(PICTURE_SUFFIXES)
+        raise ConfigError("unknown picture format", received=path.name, expected=f"a name ending in {endings}")
     if not path.absolute().parent.is_dir():
         raise ConfigError("the picture's folder does not exist", received=str(path), hint="make the folder first")
 

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--instances", metavar="N", type=int, default=1, help="copies of the model on each GPU, or on the processor"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a model that an earlier run wrote")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace config.pbtxt and version 1 of an earlier run, edited or not"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

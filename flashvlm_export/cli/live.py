@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flashvlm_export import interrupts
 from flashvlm_export.bundle import Bundle
 from flashvlm_export.cli.backend import add_backend_arguments, add_llm_argument, pipeline_from, selector_from
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
     from flashvlm_export.runtime.live.watch import Report, Seen, Statistics
 
-# Answers that --json tells of: the newest ones of a run that may last for months.
-_TOLD = 10_000
+# Answers that --json tells of: the newest ones of a run that may last for months. Each takes a few KiB.
+_TOLD = 1_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         metavar="SOURCE",
         required=True,
-        help="camera (0 or /dev/videoN), video file, picture, rtsp:// or http:// stream, csi or csi:N (a Jetson's "
-        "camera connector), or gst:PIPELINE (any GStreamer source, without its sink)",
+        help="camera (0, /dev/videoN or below /dev/v4l), video file, picture, rtsp:// or http:// stream, csi or csi:N "
+        "(a Jetson's camera connector), or gst:PIPELINE (any GStreamer source, without its sink)",
     )
     parser.add_argument("--prompt", metavar="TEXT", required=True, help="the question that is asked of every frame")
     parser.add_argument("--system", metavar="TEXT", help="system text for the chat template")
@@ -88,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from flashvlm_export.runtime.live.drawing import draw_frame, with_words
     from flashvlm_export.runtime.live.outputs import output_to
     from flashvlm_export.runtime.live.sources import size_from, source_from
-    from flashvlm_export.runtime.live.watch import Standing, watch
+    from flashvlm_export.runtime.live.watch import Standing, check_standing, watch
     from flashvlm_export.runtime.request import Pruning
 
     size = None if args.size is None else size_from(args.size)
@@ -114,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         nonlocal wrote
         say(f"{seen.captured_s:8.1f} s  {' '.join(seen.answer.text.split())}  ({seen.latency_ms:.0f} ms)")
         if args.json:
-            told.append(_answer(seen))
+            told.append({**_answer(seen), "kept_indices": seen.kept.indices.astype(np.int32)})
         if output is not None or args.port is not None:
             frame = draw_frame(seen)
             picture = with_words(frame, seen, args.prompt)
@@ -126,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
 
     with ExitStack() as stack:
         vlm = stack.enter_context(pipeline_from(args, bundle))
+        check_standing(vlm, standing)
         if output is not None:
             stack.enter_context(output)
         address = stack.enter_context(showing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -105,14 +104,10 @@ def _kept(seen: Seen, size: tuple[int, int]) -> Array:
     flags = np.zeros(seen.kept.layout.num_tokens, bool)
     flags[seen.kept.indices] = True
     kept = np.zeros((size[1], size[0]), bool)
-    for rows, columns in _shown(grids):
+    for rows, columns in (grid for grid in grids if 0 not in grid):
         kept |= upsample(flags[offset : offset + rows * columns].reshape(rows, columns), size)
         offset += rows * columns
     return kept
-
-
-def _shown(grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [grid for grid in grids if 0 not in grid]
 
 
 def _outline(kept: Array) -> Array:

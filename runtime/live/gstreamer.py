@@ -33,6 +33,15 @@ CSI_SIZE, CSI_FPS = (1280, 720), 30.0
 # What gst-launch -v says of the frames that reach the pipe, and the first words of what went wrong.
 _CAPS = re.compile(r"GstFdSink:frames\.GstPad:sink: caps = video/x-raw\b.*")
 _COMPLAINT = re.compile(r"ERROR|WARNING: erroneous|Error|\(Argus\) Error|.*No cameras available")
+# Users, passwords and what addresses ask for, in a pipeline or in what is said of it.
+_SECRETS = (
+    (re.compile(r"://\S*@"), "://…@"),
+    (re.compile(r"(://[^\s?]*\?)\S*"), r"\1…"),
+    (re.compile(r"\b((?:user-|proxy-)?pw|password|passphrase)=(\"[^\"]*\"|'[^']*'|\S+)"), r"\1=…"),
+)
+# JetPack's elements, and what is wrong where they are missing.
+_NO_JETSON = re.compile(r'no element "nv')
+_NO_JETSON_HINT = "this is no Jetson, or a container without its runtime: docker run --runtime nvidia"
 _POLL_S = 0.1
 _LONGEST_END_S = 2.0
 _PIPE_BYTES = 1 << 20
@@ -81,7 +90,10 @@ class GStreamer(Source):
     def frames(self, stop: threading.Event) -> Generator[Frame, None, None]:
         """Yield frames as they come; see :meth:`Source.frames`."""
         count, at_end = 0, False
-        reader, writer = os.pipe()
+        try:
+            reader, writer = os.pipe()
+        except OSError as error:
+            raise self._broken(str(error.strerror), 0) from error
         sink = ["fdsink", "name=frames", f"fd={writer}", f"sync={'true' if self._paced else 'false'}"]
         try:
             process = subprocess.Popen(
@@ -93,6 +105,9 @@ class GStreamer(Source):
                 # Ctrl-C in a terminal is for this process, which then ends the other.
                 start_new_session=True,
             )
+        except OSError as error:  # such as no more processes or memory, which may pass
+            os.close(reader)
+            raise self._broken(f"{_LAUNCH}: {error.strerror}", 0) from error
         finally:
             os.close(writer)
         assert process.stdout is not None  # it was asked for
@@ -147,9 +162,9 @@ class GStreamer(Source):
     def _broken(self, how: str, count: int) -> VideoError:
         return VideoError(
             "the pipeline broke off" if count else "the pipeline delivers no frames",
-            received=f"{self.name}: {how}",
+            received=f"{self.name}: {without_secrets(how)}",
             expected="frames, until it is stopped",
-            hint=self._hint,
+            hint=_NO_JETSON_HINT if _NO_JETSON.search(how) else self._hint,
         )
 
 
@@ -203,22 +218,30 @@ def pipeline(description: str) -> GStreamer:
     Raises:
         UsageError: if it is empty, or its quotes do not match.
     """
+    shown = without_secrets(description)
     try:
         elements = shlex.split(description)
     except ValueError as error:
         raise UsageError(
-            "the quotes of the pipeline do not match", received=f"{description!r}: {error}", expected="pairs of quotes"
+            "the quotes of the pipeline do not match", received=f"{shown!r}: {error}", expected="pairs of quotes"
         ) from None
     if not elements or elements[-1] == "!":
         raise UsageError(
             "this is no pipeline",
-            received=repr(description),
+            received=repr(shown),
             expected="elements, without a sink at the end",
             hint="such as: gst:videotestsrc is-live=true",
         )
     end = ["!", "videoconvert", "!", "video/x-raw,format=RGBA"]
-    hint = f"try it alone: {_LAUNCH} {description} ! videoconvert ! fakesink"
-    return GStreamer(f"gst:{description}", [*elements, *end], ends=True, paced=True, hint=hint)
+    hint = f"try it alone: {_LAUNCH} {shown} ! videoconvert ! fakesink"
+    return GStreamer(f"gst:{shown}", [*elements, *end], ends=True, paced=True, hint=hint)
+
+
+def without_secrets(text: str) -> str:
+    """Return a pipeline, or what is said of it, for people: without users, passwords and keys."""
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def _decoder(size: Size, pixels: bytearray) -> Callable[[], Image.Image]:

@@ -51,3 +51,8 @@ class Newest(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self.number > after or self._closed, timeout_s)
             return self._held if self.number > after else None
+
+    def wait_end(self, after: int, timeout_s: float) -> None:
+        """Wait until nothing above ``after`` is there or will come, at most so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed and self.number <= after, timeout_s)

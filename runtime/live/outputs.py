@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from flashvlm_export.errors import ConfigError, DependencyError, StorageError, install_hint
 from flashvlm_export.files import atomic_write, storage_errors
-from flashvlm_export.runtime.heatmap import check_picture_path, save_picture
+from flashvlm_export.runtime.heatmap import PICTURE_SUFFIXES, check_picture_path, save_picture
 
 _FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
 # H.264 plays in browsers; builds of FFmpeg without it have the older one.
@@ -165,4 +165,11 @@ def output_to(path: Path) -> Output:
         raise StorageError(
             "the output path cannot be written", received=path, expected="a file in a directory that you may write to"
         )
-    return Recording(path) if path.suffix.lower() in _FORMATS else Snapshot(path)
+    suffix = path.suffix.lower()
+    if suffix not in _FORMATS and suffix not in PICTURE_SUFFIXES:
+        raise ConfigError(
+            "neither a recording nor a picture by its name",
+            received=path.name,
+            expected=f"a name ending in {', '.join((*_FORMATS, *PICTURE_SUFFIXES))}",
+        )
+    return Recording(path) if suffix in _FORMATS else Snapshot(path)

@@ -22,8 +22,9 @@ def source_from(
     """Return the source that ``text`` names; nothing is opened yet, but a picture.
 
     Args:
-        text: ``N`` or ``/dev/videoN``, a camera of Video4Linux; ``csi`` or ``csi:N``, a camera on a Jetson's ribbon
-            connector; ``gst:PIPELINE``, anything that GStreamer reads; an address; or a file, video or picture.
+        text: ``N``, ``/dev/videoN`` or another device, a camera of Video4Linux; ``csi`` or ``csi:N``, a camera on a
+            Jetson's ribbon connector; ``gst:PIPELINE``, anything that GStreamer reads; an address; or a file, video or
+            picture.
         size: width and height that a camera is asked for.
         fps: frames per second that a camera is asked for, or at which a picture is shown.
         loop: begin a video file again at its end.
@@ -43,6 +44,9 @@ def source_from(
     if device:
         _refuse("a camera", again)
         return camera(f"/dev/video{device[1]}", size=size, fps=fps)
+    if text.startswith("/dev/") and Path(text).is_char_device():  # a name that stays, such as below /dev/v4l/by-id
+        _refuse("a camera", again)
+        return camera(text, size=size, fps=fps)
     if sensor:
         _refuse("a camera", again)
         return csi(int(sensor[1] or 0), size=size, fps=fps)

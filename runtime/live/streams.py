@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
 from collections.abc import Generator
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from flashvlm_export.errors import DependencyError, UsageError, VideoError, install_hint
 from flashvlm_export.runtime.live.files import upright
@@ -104,8 +105,10 @@ def network(address: str) -> Stream:
     try:
         parts = urlsplit(address)
         where = parts.hostname
-    except ValueError as error:  # such as brackets that do not close
-        raise UsageError("this is no address", received=str(error), expected="rtsp://HOST/PATH") from None
+    except ValueError:  # such as brackets that do not close
+        raise UsageError(
+            "this is no address", received=without_password(address), expected="rtsp://HOST/PATH"
+        ) from None
     protocols = _PROTOCOLS.get(parts.scheme)
     if protocols is None or not where:
         expected = "rtsp://HOST/PATH, http://… or https://…"
@@ -118,12 +121,27 @@ def network(address: str) -> Stream:
         options |= {"rtsp_transport": "tcp", "allowed_media_types": "video"}
     else:
         options |= {"format_whitelist": _FORMATS}
+    if parts.scheme == "https":
+        # FFmpeg trusts everybody unless it is told not to. Without a file, its TLS library has the system's.
+        authorities = ssl.get_default_verify_paths().cafile
+        options |= {"tls_verify": "1"} | ({"ca_file": authorities} if authorities else {})
     hint = "is the address right, and is it reachable from here? ffprobe ADDRESS says what is there"
+    if parts.scheme == "https":
+        hint += "; SSL_CERT_FILE names a file of certificates to trust"
+    if "@" in address and "@" not in parts.netloc:
+        hint = "in a user or password, write / as %2F, ? as %3F and # as %23"
     return Stream(without_password(address), address, "rtsp" if parts.scheme == "rtsp" else None, options, hint)
 
 
 def without_password(address: str) -> str:
-    """Return ``address`` for people: with neither user and password nor what stands behind a question mark."""
-    parts = urlsplit(address)
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, place, parts.path, "…" if parts.query else "", ""))
+    """Return ``address`` for people: with neither user and password nor what stands behind a question mark.
+
+    Whoever forgets to write ``/``, ``?`` or ``#`` of a password as ``%2F``, ``%3F`` or ``%23`` shows nothing of it
+    either: all before the last ``@`` is taken for one.
+    """
+    scheme, _, rest = address.partition("://")
+    before, at, place = rest.rpartition("@")
+    if at and "?" in before:  # of the password or of what is asked for: nobody knows, so that neither is shown
+        return f"{scheme}://…"
+    place, _, query = place.partition("#")[0].partition("?")
+    return f"{scheme}://{place}" + ("?…" if query else "")

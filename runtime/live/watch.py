@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Answer, Pruning, Request, SelectedImage
 from flashvlm_export.runtime.video import RATES, FrameWindow, Video
+from flashvlm_export.specs import check_budget
 
 Ended = Literal["source", "answers", "seconds", "interrupt"]
 
@@ -145,7 +147,7 @@ def watch(
     on_text: Callable[[str], object] = lambda piece: None,
     on_event: Callable[[str], object] = lambda text: None,
     clock: Clock = time.monotonic,
-    pause: Callable[[float], object] = time.sleep,
+    pause: Callable[[float], object] | None = None,
 ) -> Report:
     """Ask the standing question of the newest frame, again and again, until a limit, the source's end or Ctrl-C.
 
@@ -160,7 +162,7 @@ def watch(
         on_text: hears each piece of an answer as it comes.
         on_event: hears in words when a source breaks off and comes back, on another thread.
         clock: the one that the source's frames have their times of.
-        pause: waits for so many seconds.
+        pause: waits for so many seconds; if nothing is said, no longer than more frames can come.
 
     Returns:
         How it ended, Ctrl-C (:class:`KeyboardInterrupt`) included: that is how people end it.
@@ -169,9 +171,8 @@ def watch(
         VideoError, DependencyError: if the source delivers nothing at all.
         FlashVLMError: what :meth:`Pipeline.encode_each` and :meth:`Pipeline.answering` raise.
     """
+    check_standing(vlm, standing)  # what cannot be asked is refused before a camera opens
     window = _window(vlm, standing)
-    # A question that cannot be asked is refused before a camera opens.
-    vlm.prompts.chat(standing.question, ["video" if window else "image"], standing.system)
     run = _Run(vlm, standing, window, clock)
     ended: Ended = "source"
     with Receiver(source, on_event=on_event) as receiver:
@@ -200,14 +201,14 @@ class _Run:
         receiver: Receiver,
         on_seen: Callable[[Seen], object],
         on_text: Callable[[str], object],
-        pause: Callable[[float], object],
+        pause: Callable[[float], object] | None,
     ) -> Ended:
         number, due_s = 0, self._began_s
         while True:
             if self.answered == self._standing.answers:
                 return "answers"
             if (wait_s := due_s - self._clock()) > 0:
-                pause(min(wait_s, self._left_s(wait_s)))
+                (pause or partial(receiver.newest.wait_end, number))(min(wait_s, self._left_s(wait_s)))
             left_s = None if self._standing.seconds is None else self._left_s(0)
             if left_s == 0:
                 return "seconds"
@@ -258,18 +259,32 @@ class _Run:
 
 
 class _Window:
-    """The newest frames that were asked about, as a video of the rate at which they really came."""
+    """The newest frames that were asked about, as a video of the rate at which they really came.
+
+    A frame of another size, as of a camera that came back turned, begins a new one: a video has one size.
+    """
 
     def __init__(self, frames: int, frames_per_moment: int) -> None:
-        self._frames = FrameWindow(frames, 1.0, frames_per_moment)
+        self._empty = partial(FrameWindow, frames, 1.0, frames_per_moment)
+        self._frames, self._size = self._empty(), (0, 0)
         self._times_s: list[float] = []
 
     def push(self, picture: Image.Image, captured_s: float) -> Video:
+        if picture.size != self._size:
+            self._frames, self._size = self._empty(), picture.size
         frames = self._frames.push(picture).frames
         self._times_s = [*self._times_s, captured_s][-len(frames) :]
         seconds = self._times_s[-1] - self._times_s[0]
         fps = (len(frames) - 1) / seconds if seconds > 0 else 1.0
         return Video(frames, min(max(fps, RATES[0]), RATES[1]))
+
+
+def check_standing(vlm: Pipeline, standing: Standing) -> None:
+    """Raise :class:`FlashVLMError` unless ``vlm`` can be asked so; of tiles, a frame may have fewer than the budget."""
+    window = _window(vlm, standing)
+    if standing.pruning.budget not in (None, "full"):
+        check_budget(standing.pruning.budget, vlm.visual_tokens * (standing.frames or 1))
+    vlm.prompts.chat(standing.question, ["video" if window else "image"], standing.system)
 
 
 def _window(vlm: Pipeline, standing: Standing) -> _Window | None:

@@ -77,7 +77,13 @@ class _Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # of listening: two processes can hold one address until one of them listens
+            if not sockets:
+                raise
+            host, port = sockets[0].getsockname()[:2]
+            raise _not_here(host, port, error) from None
         self._on_ready()
 
 

@@ -138,9 +138,20 @@ def showing(place: Newest[Shown], settings: ServerSettings) -> Iterator[str]:
     with bound_socket(settings.host, settings.port) as listener:
         ready = threading.Event()
         server = server_of(build_live_app(place, settings, keys), settings, ready.set)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="flashvlm-live", daemon=True)
+        failed: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                server.run(sockets=[listener])
+            except BaseException as error:  # whatever it is, whoever waits for the page has to hear of it
+                failed.append(error)
+
+        thread = threading.Thread(target=run, name="flashvlm-live", daemon=True)
         thread.start()
-        ready.wait()
+        while not ready.wait(_LOOK_S) and thread.is_alive():
+            pass
+        if failed:
+            raise failed[0]
         try:
             yield address_of(listener)
         finally:

@@ -119,7 +119,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
                 received=str(error),
                 expected=f"one of {', '.join(cls.__struct_fields__)}"
                 if "unknown field" in str(error)
-                else "see flashvlm serve --help",
+                else "what --help says of it",
             ) from None
 
     @classmethod

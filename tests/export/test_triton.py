@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -18,6 +22,7 @@ import pytest
 pytest.importorskip("tritonclient.grpc", reason="Triton's published schema comes with tritonclient")
 from helpers.asking import greedy, picture
 from helpers.triton_stand_in import TritonStandIn, fits, read_config, serving
+from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from flashvlm_export import tensorrt_api
 from flashvlm_export.bundle import Bundle
@@ -47,6 +52,8 @@ from flashvlm_export.runtime.request import Request
 from flashvlm_export.specs import Array, GraphSpec, Precision
 
 ROOT = Path(__file__).parents[2]
+# As the tests themselves find the package: in the folder that they run in.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 FAMILIES = ["tiny_bundle", "next_bundle", "onevision_bundle", "qwen_bundle"]
 
 
@@ -226,6 +233,7 @@ class TestConfiguration:
         batches = bundle.manifest.dims.has_one_size
         assert served.config.max_batch_size == (spec.dim("batch").max if batches else 0)
         assert [warmup.batch_size for warmup in served.config.model_warmup] == ([1, 8] if batches else [1])
+        assert [group.kind for group in served.config.instance_group] == [ModelInstanceGroup.KIND_AUTO]
         (keep,) = [tensor for tensor in served.config.input if tensor.name == "keep"]
         assert list(keep.dims) == ([-1] if batches else [-1, -1])
         served.warm_up()
@@ -292,6 +300,21 @@ class TestEngine:
         assert "budget" not in inputs
         (warmup,) = config.model_warmup
         assert warmup.batch_size == 2
+        assert [group.kind for group in config.instance_group] == [ModelInstanceGroup.KIND_GPU]
+
+    def test_profiles_of_larger_batches_than_allowed_are_not_warmed_up(self, copy: Bundle, tmp_path: Path) -> None:
+        add_engine(copy, ["batch=1,text=1:8:16", "batch=2:4:8,text=1:64:256"])
+        settings = TritonSettings(copy.path, tmp_path / "repository", engine="auto", max_batch=2)
+        config = read_config(triton_repository(settings).directory)
+        assert [warmup.batch_size for warmup in config.model_warmup] == [1]
+
+    def test_the_build_that_is_named_has_a_graph(self, copy: Bundle, tmp_path: Path) -> None:
+        """A bundle without the usual precision is not told to build in it."""
+        del copy.manifest.graphs["fp16"]
+        for for_triton in (False, True):
+            with pytest.raises(BundleError, match="no such engine") as caught:
+                find_engine(copy, for_triton=for_triton)
+            assert "--precision fp32" in str(caught.value.hint)
 
     def test_triton_chooses_among_its_profiles(self, copy: Bundle, tmp_path: Path) -> None:
         profiles = ["batch=1,text=1:8:16", "batch=2:4:8,text=1:64:256"]
@@ -387,6 +410,15 @@ class TestRepository:
         (directory / "config.pbtxt").write_text('name: "flashvlm"')
         with pytest.raises(StorageError, match="has a model of this name"):
             triton_repository(TritonSettings(tiny_bundle, tmp_path, overwrite=True))
+
+    def test_what_the_user_added_is_not_lost(self, tiny_bundle: Path, tmp_path: Path) -> None:
+        directory = triton_repository(TritonSettings(tiny_bundle, tmp_path)).directory
+        (directory / "2").mkdir()
+        (directory / "2" / "model.onnx").write_bytes(b"another version")
+        with pytest.raises(StorageError, match="more than this command wrote") as caught:
+            triton_repository(TritonSettings(tiny_bundle, tmp_path, overwrite=True))
+        assert caught.value.received == f"{directory}: 2"
+        assert (directory / "2" / "model.onnx").read_bytes() == b"another version"
 
     def test_a_full_disk_leaves_the_old_model(
         self, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -491,6 +523,53 @@ class TestClient:
             feeds = feeds_of(bundle, 4, [0, 1], Precision.FP16)
             with session:
                 assert session.run(feeds).tokens.dtype == np.float16
+
+    def test_more_images_than_the_server_takes_at_once(self, copy: Bundle, tmp_path: Path, example: Any) -> None:
+        served = export(copy, tmp_path / "repository", max_batch=2)
+        feeds = feeds_of(copy, 4, [0, 1, 2, 3, 4])
+        want = own_graph(copy)(feeds)
+        with serving(served) as url, example.TritonSession(copy, url) as session:
+            have = session.run(feeds)
+        assert served.batches == [2, 2, 1]
+        assert np.array_equal(have.indices, want["visual_indices"])
+        np.testing.assert_allclose(have.tokens, want["visual_tokens"], rtol=1e-4, atol=1e-5)
+
+    def test_a_client_closes_what_it_opened(
+        self, copy: Bundle, tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        closed: list[bool] = []
+        made = []  # what is thrown away closes itself
+
+        class Client(example.triton.InferenceServerClient):  # type: ignore[misc, name-defined]  # loaded from its file
+            def __init__(self, url: str) -> None:
+                super().__init__(url)
+                made.append(self)
+
+            def close(self) -> None:
+                closed.append(True)
+                super().close()
+
+        monkeypatch.setattr(example.triton, "InferenceServerClient", Client)
+        with serving(export(copy, tmp_path / "repository")) as url:
+            with example.TritonSession(copy, url):
+                assert closed == []
+            assert closed == [True]
+            with pytest.raises(SessionError, match="does not have this model"):
+                example.TritonSession(copy, url, "other").open()
+        assert closed == [True, True]
+
+    def test_a_server_that_is_not_there(self, copy: Bundle, tmp_path: Path) -> None:
+        picture((90, 60)).save(tmp_path / "photo.png")
+        with socket.socket() as deaf:  # holds a port, and listens to nobody
+            deaf.bind(("127.0.0.1", 0))
+            url = f"127.0.0.1:{deaf.getsockname()[1]}"
+            script = [sys.executable, str(ROOT / "examples" / "triton_client.py"), str(copy.path)]
+            command = [*script, str(tmp_path / "photo.png"), "What?", "--url", url]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT)
+        assert done.returncode == 1
+        assert "triton_client.py: the server cannot be reached" in done.stderr
+        assert url in done.stderr
+        assert "Traceback" not in done.stderr
 
     def test_another_checkpoint_and_another_name(
         self, copy: Bundle, next_bundle: Path, tmp_path: Path, example: Any

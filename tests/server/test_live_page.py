@@ -8,6 +8,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,7 @@ pytest.importorskip("fastapi", reason="the page needs FastAPI")
 from flashvlm_export.errors import ConfigError
 from flashvlm_export.runtime.live.newest import Newest
 from flashvlm_export.runtime.server import live
+from flashvlm_export.runtime.server.listening import _Server, bound_socket
 from flashvlm_export.runtime.server.live import Shown, showing
 from flashvlm_export.runtime.server.settings import ServerSettings
 
@@ -85,6 +87,53 @@ def test_one_viewer_too_many_is_sent_away(get: Get, monkeypatch: pytest.MonkeyPa
         assert refused.status == 503
         assert "watching already" in json.loads(refused.read())["error"]["message"]
         assert get(address, "/health").status == 200
+
+
+def test_who_leaves_makes_room(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "MOST_VIEWERS", 1)
+    place: Newest[Shown] = Newest()
+    place.put(Shown(b"frame", b"picture", {}))
+    with showing(place, settings()) as address:
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=WAIT_S)
+        connection.request("GET", "/live.mjpg")
+        with connection.getresponse() as watching:
+            assert watching.readline() == b"--frame\r\n"
+        connection.close()
+        deadline_s = time.monotonic() + WAIT_S
+        while (status := get(address, "/live.mjpg").status) == 503 and time.monotonic() < deadline_s:
+            place.put(Shown(b"frame", b"picture", {}))
+        assert status == 200
+
+
+def test_what_is_shown_is_not_for_pages_elsewhere(get: Get) -> None:
+    with showing(Newest(), settings()) as address:
+        assert get(address, "/health").headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+def test_a_server_that_ends_before_it_listens_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(*_: object, **more: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(_Server, "startup", fail)
+    with pytest.raises(ZeroDivisionError), showing(Newest(), settings()):
+        raise AssertionError
+
+
+def test_of_two_that_hold_an_address_only_one_can_listen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with bound_socket("127.0.0.1", 0) as other:
+        port = other.getsockname()[1]
+        build = live.build_live_app
+
+        def meanwhile(*given: Any) -> Any:
+            other.listen()
+            return build(*given)
+
+        monkeypatch.setattr(live, "build_live_app", meanwhile)
+        taken = ServerSettings(bundle=Path("bundle"), port=port)
+        with pytest.raises(ConfigError, match="cannot listen") as caught, showing(Newest(), taken):
+            raise AssertionError
+    assert f"127.0.0.1 port {port}" in str(caught.value)
+    assert "another --port" in str(caught.value.hint)
 
 
 def test_an_address_that_is_taken_is_refused() -> None:
