@@ -150,7 +150,8 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         name="Ingress",
         num_replicas=settings.ingress_replicas,
         max_ongoing_requests=settings.ingress_at_once,
-        max_queued_requests=settings.max_queue,  # Ray's proxy answers those beyond, in words of its own
+        # Ray's proxy refuses those beyond, in words of its own. It counts those that are just passed on, too.
+        max_queued_requests=settings.ingress_at_once,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=settings.max_seconds,
     )(serve.ingress(asgi)())

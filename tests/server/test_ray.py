@@ -252,7 +252,7 @@ def test_replicas_are_what_the_settings_say(tiny_bundle: Path) -> None:
     assert decoder.max_ongoing_requests == 3
     assert (ingress.num_replicas, ingress.ray_actor_options["num_cpus"]) == (2, 0)
     assert ingress.max_ongoing_requests == 2 * (4 * 32 + 6 * 3 + 2 * 5)
-    assert {each.max_queued_requests for each in (ingress, visual, decoder)} == {5}
+    assert [each.max_queued_requests for each in (ingress, visual, decoder)] == [ingress.max_ongoing_requests, 5, 5]
     assert {each._deployment_config.graceful_shutdown_timeout_s for each in (ingress, visual, decoder)} == {7}
 
     _, visual, decoder = deployments(app({"bundle": str(tiny_bundle), "most_visual_replicas": 2, "visual_batch": 16}))
@@ -282,6 +282,26 @@ def test_one_of_a_batch_that_fails_does_so_alone(tiny_bundle: Path, monkeypatch:
         found = visual._select([*asked, wrong])
         kept = [len(each[0][0].indices) if isinstance(each, tuple) else type(each) for each in found]
         assert kept == [3, ValueError, 5, 6, ImageError]
+
+
+def test_a_decoder_gives_up_at_once_what_nobody_reads() -> None:
+    class Answers:
+        given_up = False
+
+        async def answer(self, asked: Asked) -> AsyncIterator[Event]:
+            try:
+                yield [KEPT]
+            finally:
+                self.given_up = True
+
+    async def leave() -> None:
+        async with aclosing(decoder.answer(ASKED)) as events:
+            await anext(events)
+        assert answers.given_up
+
+    decoder, answers = object.__new__(ray_app._Decoder), Answers()
+    decoder._answerer = answers  # type: ignore[assignment]
+    asyncio.run(leave())
 
 
 def test_a_decoder_whose_service_broke_down_is_not_healthy(tiny_bundle: Path) -> None:
