@@ -293,7 +293,7 @@ class _ClusterAnswerer:
 
     def is_ready(self) -> bool:
         """Whether both kinds had a running replica a moment ago; the first question only begins to look."""
-        if self._watch is None or self._watch.done():
+        if self._watch is None:
             self._watch = asyncio.get_running_loop().create_task(self._look())
         return self._is_ready
 
