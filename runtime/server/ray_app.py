@@ -10,34 +10,57 @@ alone. Kept tokens travel from one to the other, a megabyte or two for an image.
 
 A replica that dies takes with it what it was working on. A request that has no text yet is asked once more, of another
 replica; one whose answer has begun fails, and says so.
+
+A replica gets as many requests as it works on. Those that wait do so at the ingress, where the death of a replica does
+not touch them, and where one more than may wait is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
+from ray.serve import exceptions as of_serve
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from flashvlm_export.bundle import Bundle
-from flashvlm_export.errors import ConfigError, FlashVLMError
+from flashvlm_export.errors import ConfigError
 from flashvlm_export.runtime.request import Pruning, Request, SelectedImage
 from flashvlm_export.runtime.server.answering import Done, Event, Load, ServiceAnswerer
-from flashvlm_export.runtime.server.api_errors import LATER, ApiError
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError, api_error
 from flashvlm_export.runtime.server.app import build_app
 from flashvlm_export.runtime.server.conversation import Asked
 from flashvlm_export.runtime.server.listening import describe, pipeline_of, read_keys, service_of
 from flashvlm_export.runtime.server.settings import Count, Duration, ServerSettings
 
-# Requests for each replica beyond which autoscaling adds one.
+log = logging.getLogger("flashvlm.server")
+
+# Requests for each replica beyond which autoscaling adds one, where it works on as many side by side.
 _ONGOING_REQUESTS = 4
+# Answers under way at once, where nothing is said.
+_MAX_ANSWERS = 8
+# Time between two looks at each replica by Ray, and at what Ray found by the ingress.
+_HEALTH_PERIOD_S = 2.0
+_READY_PERIOD_S = 1.0
+
+# What may be raised where a replica, its machine, or what it has computed is no more; Ray 2.40 has not the later ones.
+_LATER_LOSSES = ("DeploymentUnavailableError", "ReplicaUnavailableError")
+_LOSSES: tuple[type[Exception], ...] = (
+    RayActorError,
+    NodeDiedError,
+    ObjectLostError,  # which an owner that died is, too
+    WorkerCrashedError,
+    *(getattr(of_serve, name) for name in _LATER_LOSSES if hasattr(of_serve, name)),
+)
 
 #: What is kept of the images of a request, and the milliseconds of each stage.
 Selected = tuple[list[SelectedImage], dict[str, float]]
@@ -54,6 +77,35 @@ class ClusterSettings(ServerSettings, frozen=True, kw_only=True, forbid_unknown_
     most_decoder_replicas: Annotated[Count | None, msgspec.Meta(description="as many under load")] = None
     decoder_gpus: Annotated[Duration, msgspec.Meta(description="GPUs of each of them, or a part of one")] = 0.0
     replica_cpus: Annotated[Duration, msgspec.Meta(description="processor cores that each replica asks for")] = 1.0
+    ingress_replicas: Annotated[Count, msgspec.Meta(description="replicas that take requests in")] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for kind in ("visual", "decoder"):
+            least, most = getattr(self, f"{kind}_replicas"), getattr(self, f"most_{kind}_replicas")
+            if most is not None and most < least:
+                raise ValueError(f"most_{kind}_replicas {most} is below {kind}_replicas {least}")
+
+    @property
+    def visual_at_once(self) -> int:
+        """Requests of one replica that encodes: a batch, and the next one."""
+        return 2 * self.visual_batch
+
+    @property
+    def answers_at_once(self) -> int:
+        """Requests of one replica that answers."""
+        return self.max_answers or _MAX_ANSWERS
+
+    @property
+    def ingress_at_once(self) -> int:
+        """Requests of one replica that takes them in.
+
+        All that those behind it work on, all that may wait for them, and as many again that are on their way in, or
+        are being refused.
+        """
+        visual = (self.most_visual_replicas or self.visual_replicas) * self.visual_at_once
+        decoder = (self.most_decoder_replicas or self.decoder_replicas) * self.answers_at_once
+        return max(2 * (visual + decoder + 2 * self.max_queue), 100)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:
@@ -74,28 +126,42 @@ def app(args: Mapping[str, Any]) -> serve.Application:
 
     visual = serve.deployment(
         name="Visual",
-        max_ongoing_requests=2 * settings.visual_batch,
+        max_ongoing_requests=settings.visual_at_once,
+        max_queued_requests=settings.max_queue,
         ray_actor_options={"num_cpus": cpus, "num_gpus": settings.visual_gpus},
-        **_count(settings.visual_replicas, settings.most_visual_replicas),
+        health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.max_seconds,
+        **_count(
+            settings.visual_replicas, settings.most_visual_replicas, max(_ONGOING_REQUESTS, settings.visual_batch)
+        ),
     )(_Visual)
     decoder = serve.deployment(
         name="Decoder",
-        max_ongoing_requests=settings.max_queue,
+        max_ongoing_requests=settings.answers_at_once,
+        max_queued_requests=settings.max_queue,
         ray_actor_options={"num_cpus": cpus, "num_gpus": settings.decoder_gpus},
-        **_count(settings.decoder_replicas, settings.most_decoder_replicas),
+        health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.max_seconds,
+        **_count(
+            settings.decoder_replicas, settings.most_decoder_replicas, min(_ONGOING_REQUESTS, settings.answers_at_once)
+        ),
     )(_Decoder)
     ingress = serve.deployment(
         name="Ingress",
-        max_ongoing_requests=1000,  # of which each waits for replicas behind it, which have limits of their own
+        num_replicas=settings.ingress_replicas,
+        max_ongoing_requests=settings.ingress_at_once,
+        # Ray's proxy refuses those beyond, in words of its own. It counts those that are just passed on, too.
+        max_queued_requests=settings.ingress_at_once,
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.max_seconds,
     )(serve.ingress(asgi)())
     return ingress.bind(visual.bind(settings), decoder.bind(settings))
 
 
-def _count(replicas: int, most: int | None) -> dict[str, Any]:
+def _count(replicas: int, most: int | None, ongoing_requests: int) -> dict[str, Any]:
     if most is None:
         return {"num_replicas": replicas}
-    scaling = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": _ONGOING_REQUESTS}
+    scaling = {"min_replicas": replicas, "max_replicas": most, "target_ongoing_requests": ongoing_requests}
     return {"autoscaling_config": scaling}
 
 
@@ -110,15 +176,19 @@ class _Visual:
         batching.set_batch_wait_timeout_s(settings.max_wait_ms / 1e3)
 
     @serve.batch
-    async def select(self, asked: list[tuple[Request, Pruning]]) -> list[Selected | FlashVLMError]:
+    async def select(self, asked: list[tuple[Request, Pruning]]) -> list[Selected | Exception]:
         return await asyncio.to_thread(self._select, asked)
 
-    def _select(self, asked: Sequence[tuple[Request, Pruning]]) -> list[Selected | FlashVLMError]:
+    def _select(self, asked: Sequence[tuple[Request, Pruning]]) -> list[Selected | Exception]:
         try:
             prompts = self._vlm.encode_each(asked)
-        except FlashVLMError as error:
+        except Exception as error:
             # It belongs to one of them: each alone, the others do not notice.
-            return [error] if len(asked) == 1 else [self._select([each])[0] for each in asked]
+            if len(asked) > 1:
+                return [self._select([each])[0] for each in asked]
+            if api_error(error).status == 500:
+                log.error("images could not be encoded", exc_info=error)
+            return [error]
         return [(prompt.images, prompt.stage_ms) for prompt in prompts]
 
 
@@ -128,11 +198,14 @@ class _Decoder:
     def __init__(self, settings: ClusterSettings) -> None:
         vlm = pipeline_of(settings)
         vlm.load(visual=False)
-        self._answerer = ServiceAnswerer(service_of(vlm, settings))
+        # Whatever Ray lets through is taken; an engine that does not batch lets the others wait.
+        most = max(settings.max_queue, settings.answers_at_once)
+        self._answerer = ServiceAnswerer(service_of(vlm, msgspec.structs.replace(settings, max_queue=most)))
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
-        async for event in self._answerer.answer(asked):
-            yield event
+        async with aclosing(self._answerer.answer(asked)) as events:
+            async for event in events:
+                yield event
 
     def check_health(self) -> None:
         if not self._answerer.is_ready():
@@ -142,54 +215,95 @@ class _Decoder:
 def _ingress_app(settings: ClusterSettings) -> FastAPI:
     name = serve.get_replica_context().app_name
     answerer = _ClusterAnswerer(
-        serve.get_deployment_handle("Visual", app_name=name), serve.get_deployment_handle("Decoder", app_name=name)
+        serve.get_deployment_handle("Visual", app_name=name),
+        serve.get_deployment_handle("Decoder", app_name=name),
+        lambda: _both_run(name),
     )
+    # Where Ray's proxies listen is not said here: only the names that are set bind.
+    settings = msgspec.structs.replace(settings, host="0.0.0.0")
     return build_app(describe(pipeline_of(settings, with_llm=False), settings), answerer, settings, read_keys(settings))
 
 
-class _ClusterAnswerer:
-    """Has one replica select, and another answer."""
+def _both_run(name: str) -> bool:
+    """Whether Ray's controller knows of a running replica of both kinds; blocks until it has said so."""
+    application = serve.status().applications.get(name)
+    running = {
+        kind
+        for kind, deployment in (application.deployments.items() if application else ())
+        for state, count in deployment.replica_states.items()
+        if state == "RUNNING" and count > 0
+    }
+    return {"Visual", "Decoder"} <= running
 
-    def __init__(self, visual: DeploymentHandle[Any], decoder: DeploymentHandle[Any]) -> None:
+
+class _ClusterAnswerer:
+    """Has one replica select, and another answer.
+
+    Args:
+        visual: replicas that select.
+        decoder: replicas that answer.
+        both_run: whether there are any of each; may block. Those are not asked themselves: they may be full.
+    """
+
+    def __init__(
+        self, visual: DeploymentHandle[Any], decoder: DeploymentHandle[Any], both_run: Callable[[], bool]
+    ) -> None:
         self._visual, self._decoder = visual, decoder.options(stream=True)
+        self._both_run, self._is_ready = both_run, False
+        self._watch: asyncio.Task[None] | None = None
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
         told = said = False
         try:
-            async for event in self._once(asked):
-                told, said = True, said or isinstance(event, str)
-                yield event
+            async with aclosing(self._once(asked)) as events:
+                async for event in events:
+                    told, said = True, said or isinstance(event, str)
+                    yield event
             return
         except _Lost:
             if said:  # half an answer cannot be taken back
                 raise
-        async for event in self._once(asked):
-            if not (told and isinstance(event, list)):
-                yield event
+        async with aclosing(self._once(asked)) as events:
+            async for event in events:
+                if not (told and isinstance(event, list)):
+                    yield event
 
     async def _once(self, asked: Asked) -> AsyncGenerator[Event, None]:
-        answers: Any = None
+        under_way: Any = None
         try:
-            selected = await self._visual.select.remote((asked.request, asked.pruning))
-            if isinstance(selected, FlashVLMError):
+            under_way = self._visual.select.remote((asked.request, asked.pruning))
+            selected = await under_way
+            if isinstance(selected, Exception):
                 raise selected
             images, before_ms = selected
-            answers = self._decoder.answer.remote(replace(asked, request=_with_selected(asked.request, images)))
-            async for event in answers:
+            under_way = self._decoder.answer.remote(replace(asked, request=_with_selected(asked.request, images)))
+            async for event in under_way:
                 yield _with_times(event, before_ms) if isinstance(event, Done) else event
-        except RayActorError:
+        except (asyncio.CancelledError, GeneratorExit):  # nobody reads on
+            with suppress(Exception):  # with which it has ended meanwhile, and which Ray raises here
+                under_way.cancel()
+            raise
+        except _LOSSES:
             raise _Lost from None
         except BackPressureError:
             message = "too many requests are waiting"
             raise ApiError(503, message, code="overloaded", kind="server_error", headers=LATER) from None
         except RayTaskError as error:  # the replica's own error is inside
-            raise error.cause from None
-        finally:
-            if answers is not None:
-                answers.cancel()
+            raise (_Lost() if isinstance(error.cause, _LOSSES) else error.cause) from None
 
     def is_ready(self) -> bool:
-        return True
+        """Whether both kinds had a running replica a moment ago; the first question only begins to look."""
+        if self._watch is None:
+            self._watch = asyncio.get_running_loop().create_task(self._look())
+        return self._is_ready
+
+    async def _look(self) -> None:
+        while True:
+            try:
+                self._is_ready = await asyncio.to_thread(self._both_run)
+            except Exception as error:  # Ray's controller is being replaced; replicas answer without it
+                log.warning("the state of the replicas is not known: %s", error)
+            await asyncio.sleep(_READY_PERIOD_S)
 
     def load(self) -> Load | None:
         """Ray counts what its replicas do."""
