@@ -21,15 +21,14 @@ from flashvlm_export.engines import (
     sidecar_of,
     write_entry,
 )
-from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError
-from flashvlm_export.export.budget_shape import graph_with_budget_shape, spec_with_budget_shape
+from flashvlm_export.errors import ConfigError, DependencyError, StorageError, TargetError, install_hint
 from flashvlm_export.export.engine_from_onnx import engine_from_onnx
 from flashvlm_export.files import atomic_write, bundle_lock, require_free_space, sha256_of, storage_errors
 from flashvlm_export.gpu import Gpu, gpu_at_hand
 from flashvlm_export.memory import available_bytes
 from flashvlm_export.profiles import Profile, format_profile, resolve_profiles
 from flashvlm_export.progress import Progress
-from flashvlm_export.specs import Precision
+from flashvlm_export.specs import GraphSpec, Precision
 from flashvlm_export.targets import PORTABLE, RTX_CAPABILITIES, Target, find_target, format_capability
 from flashvlm_export.tensorrt_api import Backend
 
@@ -112,7 +111,7 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
         graph_sha256 = bundle.graph_sha256(settings.precision, verify=True)
         instead = None
         if settings.for_triton:
-            spec, instead = spec_with_budget_shape(spec), graph_with_budget_shape(graph).SerializeToString()
+            spec, instead = _with_budget_shape(spec, graph)
         progress.step(f"building with {backend}")
         start = time.perf_counter()
         with storage_errors(file):
@@ -161,6 +160,19 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
             temporary.write_bytes(built.timing_cache)
     progress.step(f"engine written: {file}")
     return Engine(file, entry)
+
+
+def _with_budget_shape(spec: GraphSpec, graph: Path) -> tuple[GraphSpec, bytes]:
+    """Return contract and bytes of the graph whose budget is a shape; it takes onnx, which a device need not have."""
+    try:
+        from flashvlm_export.export.budget_shape import graph_with_budget_shape, spec_with_budget_shape
+    except ImportError as error:
+        raise DependencyError(
+            "an engine for Triton needs onnx, which rewrites the graph",
+            received=str(error),
+            hint=install_hint("export"),
+        ) from error
+    return spec_with_budget_shape(spec), graph_with_budget_shape(graph).SerializeToString()
 
 
 def _for_triton(settings: EngineSettings) -> EngineSettings:

@@ -154,6 +154,21 @@ class TestRefused:
         assert "flashvlm calibrate" in str(caught.value.hint)
 
 
+def test_a_device_builds_without_what_exports(tiny_bundle: Path) -> None:
+    """It has neither torch nor onnx."""
+    script = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnx']))\n"
+        "from flashvlm_export.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "build", str(tiny_bundle), "--precision", "fp32", "--target", "orin-agx"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "has to be built on that device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_full_disk_leaves_the_engine_that_was_there(tiny_bundle: Path, small_disk: Path) -> None:
     """Only the engines are on the small disk."""
     pytest.importorskip("tensorrt_rtx", reason="engines are compiled with TensorRT-RTX")
