@@ -182,8 +182,7 @@ class _Visual:
     def _select(self, asked: Sequence[tuple[Request, Pruning]]) -> list[Selected | Exception]:
         try:
             prompts = self._vlm.encode_each(asked)
-        except Exception as error:
-            # It belongs to one of them: each alone, the others do not notice.
+        except Exception as error:  # whatever it is, it belongs to one of them: each alone, the others do not notice
             if len(asked) > 1:
                 return [self._select([each])[0] for each in asked]
             if api_error(error).status == 500:

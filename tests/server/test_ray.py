@@ -110,7 +110,7 @@ def finished(**stage_ms: float) -> Done:
 
 
 def answered(visual: Handle, decoder: Handle) -> list[Event]:
-    answerer = ray_app._ClusterAnswerer(visual, decoder, lambda: True)  # type: ignore[arg-type]
+    answerer = ray_app._ClusterAnswerer(visual, decoder, lambda: True)
 
     async def collect() -> list[Event]:
         return [each async for each in answerer.answer(ASKED)]
@@ -192,7 +192,7 @@ def test_errors_of_replicas_come_out_as_they_were() -> None:
 @pytest.mark.parametrize("while_waiting", [True, False])
 def test_who_leaves_frees_the_replica_that_works(results: list[Event], while_waiting: bool) -> None:
     async def leave(visual: Handle, decoder: Handle) -> None:
-        answerer = ray_app._ClusterAnswerer(visual, decoder, lambda: True)  # type: ignore[arg-type]
+        answerer = ray_app._ClusterAnswerer(visual, decoder, lambda: True)
         async with aclosing(answerer.answer(ASKED)) as events:
             for each in results:
                 assert await anext(events) == each
@@ -220,7 +220,7 @@ def test_ready_is_what_was_last_seen_and_looking_does_not_block(monkeypatch: pyt
         return state[0]
 
     async def watch() -> None:
-        answerer = ray_app._ClusterAnswerer(Handle([]), Handle([]), look)  # type: ignore[arg-type]
+        answerer = ray_app._ClusterAnswerer(Handle([]), Handle([]), look)
         start = time.monotonic()
         assert not answerer.is_ready(), "nothing has been seen yet"
         await asyncio.sleep(0.05)
@@ -305,7 +305,7 @@ def test_a_decoder_gives_up_at_once_what_nobody_reads() -> None:
         assert answers.given_up
 
     decoder, answers = object.__new__(ray_app._Decoder), Answers()
-    decoder._answerer = answers  # type: ignore[assignment]
+    decoder._answerer = answers
     asyncio.run(leave())
 
 
