@@ -28,8 +28,8 @@ from flashvlm_export.runtime.service import Service
 from flashvlm_export.runtime.sessions.split import SplitSession
 from flashvlm_export.specs import check_budget
 
-# Answers under way at once, where the engine batches and nothing is said.
-_MAX_ANSWERS = 8
+#: Answers under way at once, where the engine batches and nothing is said.
+MAX_ANSWERS = 8
 _MOST_HEADER_BYTES = 32 << 10
 
 
@@ -186,7 +186,7 @@ def service_of(vlm: Pipeline, settings: ServerSettings) -> Service:
         check_budget(settings.token_budget, vlm.visual_tokens)
     if (settings.positions or vlm.bundle.manifest.default_positions) == "original":
         vlm.llm.require_gaps()
-    most = settings.max_answers or (_MAX_ANSWERS if vlm.llm.capabilities.batch else 1)
+    most = settings.max_answers or (MAX_ANSWERS if vlm.llm.capabilities.batch else 1)
     return Service(vlm, max_answers=most, max_wait_ms=settings.max_wait_ms, max_queue=settings.max_queue)
 
 

@@ -39,15 +39,13 @@ from flashvlm_export.runtime.server.answering import Done, Event, Load, ServiceA
 from flashvlm_export.runtime.server.api_errors import LATER, ApiError, api_error
 from flashvlm_export.runtime.server.app import build_app
 from flashvlm_export.runtime.server.conversation import Asked
-from flashvlm_export.runtime.server.listening import describe, pipeline_of, read_keys, service_of
+from flashvlm_export.runtime.server.listening import MAX_ANSWERS, describe, pipeline_of, read_keys, service_of
 from flashvlm_export.runtime.server.settings import Count, Duration, ServerSettings
 
 log = logging.getLogger("flashvlm.server")
 
 # Requests for each replica beyond which autoscaling adds one, where it works on as many side by side.
 _ONGOING_REQUESTS = 4
-# Answers under way at once, where nothing is said.
-_MAX_ANSWERS = 8
 # Time between two looks at each replica by Ray, and at what Ray found by the ingress.
 _HEALTH_PERIOD_S = 2.0
 _READY_PERIOD_S = 1.0
@@ -94,7 +92,7 @@ class ClusterSettings(ServerSettings, frozen=True, kw_only=True, forbid_unknown_
     @property
     def answers_at_once(self) -> int:
         """Requests of one replica that answers."""
-        return self.max_answers or _MAX_ANSWERS
+        return self.max_answers or MAX_ANSWERS
 
     @property
     def ingress_at_once(self) -> int:

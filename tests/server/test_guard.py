@@ -429,7 +429,6 @@ def test_one_more_than_may_wait_is_told_to_come_again(tiny_bundle: Path) -> None
         assert post(url, body())[0] == 200
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the defect that is played
 def test_a_defect_shows_nothing_of_itself(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Held):
         async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
