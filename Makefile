@@ -71,8 +71,9 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
+# In several processes, each of which takes whole files.
 unit: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 runtime-lanes: build/lane/bundle/manifest.json
 	@for version in 3.10 3.12; do tests/runtime_lane.sh $$version build/lane || exit 1; done

@@ -183,6 +183,10 @@ class GraphInputs:
         rows, layout = overview_and_tiles(image.size, self.preprocess.tiles(image.size), dims.grid, dims.most_area)
         return PreparedImage(inputs, layout, rows, math.prod(dims.grid))
 
+    def view_box(self, size: Size, *, several: bool = False) -> tuple[float, float, float, float]:
+        """Return what the encoder sees of an image of ``size``, prepared so; see :meth:`ImagePreprocessor.view_box`."""
+        return (self._several if several else self.preprocess).view_box(size)
+
     def prepare_moment(self, frames: Sequence[Image.Image]) -> PreparedImage:
         """Return frames of mode ``RGB`` that the encoder sees together, of which the last may be missing, ready for it.
 

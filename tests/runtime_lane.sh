@@ -12,8 +12,9 @@ fi
 venv=.venv-$version
 if [ ! -f "$venv/installed" ] || [ pyproject.toml -nt "$venv/installed" ]; then
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[ort,serve]' openai pytest
+  "$venv/bin/python" -m pip install --quiet --constraint constraints.txt --editable '.[ort,serve]' openai pytest-xdist
   touch "$venv/installed"
 fi
 echo "runtime lane: $("$venv/bin/python" --version)"
-FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest tests/runtime tests/server tests/evaluation tests/integration/test_eval_cli.py
+FLASHVLM_TEST_BUNDLE=$lane/bundle "$venv/bin/python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+  tests/runtime tests/server tests/evaluation tests/integration/test_eval_cli.py

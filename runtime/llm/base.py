@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 
-from flashvlm_export.errors import ConfigError, LLMError, PromptTooLongError
+from flashvlm_export.errors import ConfigError, LLMError, PromptTooLongError, UsageError
 from flashvlm_export.specs import Array
 
 Embed = Callable[[Array], Array]
@@ -199,9 +199,9 @@ class LLMEngine(ABC):
             self._close()
 
     def require_gaps(self) -> None:
-        """Raise :class:`LLMError` unless this kind of engine takes positions with gaps; it need not be open."""
+        """Raise :class:`UsageError` unless this kind of engine takes positions with gaps; it need not be open."""
         if not self.capabilities.explicit_positions:
-            raise LLMError(
+            raise UsageError(
                 f"the engine '{self.name}' counts positions by itself",
                 received="kept tokens with their original positions",
                 expected="contiguous ones",
@@ -232,9 +232,9 @@ class LLMEngine(ABC):
                 on behind the largest. ``None`` counts up from 0.
 
         Raises:
-            LLMError: here, if the engine is closed or cannot take these positions, or the prompt is empty, too wide or
-                narrow, too long or not finite; from the stream, if as many as can be are being read, or the model
-                fails.
+            LLMError: here, if the engine is closed, or the prompt is empty, too wide or narrow, too long or not finite;
+                from the stream, if as many as can be are being read, or the model fails.
+            UsageError: if the engine cannot take these positions.
         """
         self._check_prompt(inputs_embeds)
         counted = counted_positions(len(inputs_embeds), self.limits.position_axes)

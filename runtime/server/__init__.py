@@ -4,6 +4,7 @@
 - ``schema.py``        the body of a request
 - ``pictures.py``      ``image_url`` → bytes of a picture that is safe to decode
 - ``conversation.py``  messages → what a pipeline is asked
+- ``reading.py``       threads for both
 - ``answering.py``     what is asked → what is kept, pieces of text, and the answer
 - ``replies.py``       that → OpenAI's objects and events
 - ``api_errors.py``    whatever goes wrong → OpenAI's error object

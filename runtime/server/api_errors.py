@@ -8,7 +8,14 @@ what the client can mend, 401 without a good key, 404 for another model, 413 and
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from flashvlm_export.errors import (
     BudgetError,
@@ -80,7 +87,60 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, UsageError):
         return ApiError(400, _text(error), code="invalid_value")
     log.error("a request failed", exc_info=error)
+    return _defect()
+
+
+def answer_errors(app: FastAPI, on_error: Callable[[str, int], object] = lambda route, status: None) -> None:
+    """Have ``app`` answer with what its routes raise, and what leads to none of them.
+
+    Args:
+        app: the application.
+        on_error: hears route and status.
+    """
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        found = _raised(request, error)
+        on_error(route_of(request.scope), found.status)
+        return JSONResponse(found.body, found.status, found.headers)
+
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def route_of(scope: Scope) -> str:
+    """Return the path of a request below where the application is mounted, as routes are found by."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _raised(request: Request, error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _not_valid(error, request.headers.get("content-type", "none"))
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    return _defect()  # uvicorn logs it
+
+
+def _defect() -> ApiError:
     return ApiError(500, "the server failed; its log says how", code="internal_error", kind="server_error")
+
+
+def _not_valid(error: RequestValidationError, content_type: str) -> ApiError:
+    """Name the first field that is wrong, as OpenAI does; where it could be one of several things, each of them."""
+    errors = [(each["loc"][1:], each) for each in error.errors()]
+    place, first = errors[0]
+    if not place or first["type"] == "json_invalid":
+        named = content_type.partition(";")[0].strip().lower() == "application/json"
+        wrong = first["msg"] if named else f"its Content-Type is {content_type[:80]}, not application/json"
+        return ApiError(400, f"the request's body is not what was expected: {wrong}", code=str(first["type"]))
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{place[0]} is not supported here", param=str(place[0]), code="unsupported_parameter")
+    of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]][:4]
+    message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)
+    return ApiError(400, message, param=str(place[0]), code=str(first["type"]))
 
 
 def _text(error: FlashVLMError) -> str:

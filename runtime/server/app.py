@@ -9,28 +9,27 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, current_time, move_on_after, to_thread
+from anyio import current_time, move_on_after
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from flashvlm_export.runtime.server.answering import Answerer, Done, Event, KeptTokens
-from flashvlm_export.runtime.server.api_errors import LATER, ApiError, api_error
+from flashvlm_export.runtime.server.api_errors import ApiError, answer_errors, api_error
 from flashvlm_export.runtime.server.conversation import Intake, Model
 from flashvlm_export.runtime.server.guard import Guard
 from flashvlm_export.runtime.server.metrics import Metrics
+from flashvlm_export.runtime.server.reading import Reading
 from flashvlm_export.runtime.server.replies import DONE_EVENT, Reply, event
 from flashvlm_export.runtime.server.schema import ChatRequest
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 T = TypeVar("T")
 
+CHAT = "/v1/chat/completions"
 PAGE = Path(__file__).parent / "page"
 
-# Pictures that are decoded, and prompts that are tokenised, at a time: each takes memory, and a core.
-_INTAKE_THREADS = 2
 # nginx would collect a stream.
 _NOT_BUFFERED = {"X-Accel-Buffering": "no"}
 
@@ -48,7 +47,7 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
     app = FastAPI(title="flashvlm-export", docs_url=None, redoc_url=None)
     metrics = Metrics(answerer)
     intake = Intake(model, settings)
-    at_a_time = CapacityLimiter(_INTAKE_THREADS)
+    reading = Reading(intake.asked, settings.max_queue)
     created = int(time.time())
     default_budget = settings.token_budget or model.default_budget
 
@@ -70,7 +69,6 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
             "max_images": settings.max_images,
             "max_image_pixels": intake.pictures.limit_pixels,
             "max_body_bytes": settings.max_body_mib << 20,
-            "max_answer_tokens": settings.max_answer_tokens,
         }
         return {
             "id": model.name,
@@ -80,18 +78,12 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
             "flashvlm": ours,
         }
 
-    @app.post("/v1/chat/completions")
+    @app.post(CHAT)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         start = time.perf_counter()
         deadline = current_time() + settings.max_seconds
         try:
-            if at_a_time.statistics().tasks_waiting > settings.max_queue:
-                raise ApiError(
-                    503, "too many requests are waiting", code="overloaded", kind="server_error", headers=LATER
-                )
-            # A picture that takes long to decode holds a thread, but nobody waits for it beyond the deadline.
-            reading = to_thread.run_sync(intake.asked, body, limiter=at_a_time, abandon_on_cancel=True)
-            asked = await _while_connected(request, _before(deadline, reading))
+            asked = await _while_connected(request, _before(deadline, reading(body)))
             if asked is None:
                 return _gone(metrics)
             reply = Reply(model.name, asked.views, body.selection)
@@ -138,22 +130,13 @@ def build_app(model: Model, answerer: Answerer, settings: ServerSettings, keys: 
             raise HTTPException(404)
         return FileResponse(files[name])
 
-    @app.exception_handler(ApiError)
-    async def failed(request: Request, error: ApiError) -> JSONResponse:
-        metrics.ended(str(error.status))
-        return JSONResponse(error.body, error.status, error.headers)
+    def ended(route: str, status: int) -> None:
+        if route == CHAT:
+            metrics.ended(str(status))
 
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await failed(request, _not_valid(error, request.headers.get("content-type", "none")))
-
-    @app.exception_handler(HTTPException)
-    async def no_route(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return await failed(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
-
+    answer_errors(app, ended)
     open_paths = ["/health", "/ready", "/", *(f"/page/{name}" for name in files)]
-    app.add_middleware(Guard, settings=settings, keys=keys, open_paths=open_paths, on_refused=metrics.ended)
+    app.add_middleware(Guard, settings=settings, keys=keys, open_paths=open_paths, on_refused=ended)
     return app
 
 
@@ -241,18 +224,3 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T | None:
 def _gone(metrics: Metrics) -> Response:
     metrics.ended("gone")
     return Response(status_code=499)
-
-
-def _not_valid(error: RequestValidationError, content_type: str) -> ApiError:
-    """Name the first field that is wrong, as OpenAI does; where it could be one of several things, each of them."""
-    errors = [(each["loc"][1:], each) for each in error.errors()]
-    place, first = errors[0]
-    if not place or first["type"] == "json_invalid":
-        named = content_type.partition(";")[0].strip().lower() == "application/json"
-        wrong = first["msg"] if named else f"its Content-Type is {content_type[:80]}, not application/json"
-        return ApiError(400, f"the request's body is not what was expected: {wrong}", code=str(first["type"]))
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{place[0]} is not supported here", param=str(place[0]), code="unsupported_parameter")
-    of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]][:4]
-    message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)
-    return ApiError(400, message, param=str(place[0]), code=str(first["type"]))

@@ -101,7 +101,9 @@ class Intake:
         history = [Exchange(shown, text, said or "") for shown, text, said in exchanges[:-1]]
         request = Request(images, question, system, history=history)
         self._check_length(request)
-        return Asked(request, pruning, params, [self.model.inputs.preprocess.view_box(size) for size in sizes])
+        several = len(sizes) > 1
+        views = [self.model.inputs.view_box(size, several=several) for size in sizes]
+        return Asked(request, pruning, params, views)
 
     def _params(self, body: ChatRequest) -> SamplingParams:
         if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:

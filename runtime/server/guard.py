@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from flashvlm_export.runtime.server.api_errors import LATER, ApiError
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError, route_of
 from flashvlm_export.runtime.server.settings import ServerSettings
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -41,7 +41,7 @@ class Guard:
         settings: limits and names.
         keys: one of which a request has to bring; empty lets everybody in.
         open_paths: that need no key.
-        on_refused: hears the status of each error.
+        on_refused: hears route and status of each error.
     """
 
     def __init__(
@@ -50,13 +50,14 @@ class Guard:
         settings: ServerSettings,
         keys: Sequence[str],
         open_paths: Collection[str],
-        on_refused: Callable[[str], object] = lambda status: None,
+        on_refused: Callable[[str, int], object] = lambda route, status: None,
     ) -> None:
         self._app, self._keys, self._on_refused = app, [key.encode() for key in keys], on_refused
         self._open_paths = frozenset(open_paths)
         self._limit_bytes, self._seconds = settings.max_body_mib << 20, settings.slow_seconds
         self._held_bytes = 0
-        self._names = frozenset(settings.hosts or (LOOPBACK_NAMES if settings.on_loopback else ()))
+        names = settings.hosts or ((*LOOPBACK_NAMES, settings.host) if settings.on_loopback else ())
+        self._names = frozenset(map(_in_a_header, names))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -78,7 +79,7 @@ class Guard:
             if body is not None:  # else the client has gone
                 await self._app(scope, _with_body(body, receive), with_headers)
         except ApiError as error:
-            self._on_refused(str(error.status))
+            self._on_refused(route_of(scope), error.status)
             response = JSONResponse(error.body, error.status, error.headers)
             await response(scope, receive, with_headers)
         finally:
@@ -92,7 +93,7 @@ class Guard:
             raise ApiError(421, f"this server is not called {name[:80]!r}", code="wrong_host", headers=_CLOSE)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._keys or scope["path"] in self._open_paths:
+        if not self._keys or route_of(scope) in self._open_paths:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         # Each of them is compared, and none of them faster than another.
@@ -108,7 +109,7 @@ class Guard:
     async def _body(self, headers: Headers, receive: Receive, held: list[int]) -> bytes | None:
         """Return the whole body, ``None`` if the client went away before it was there.
 
-        What is too large is read to its end, and dropped: a client hears of an error only once it has sent all.
+        What is too much is read to its end, and dropped: a client hears of an error only once it has sent all.
         """
         length = headers.get("content-length", "0")
         too_large = length.isdecimal() and int(length) > self._limit_bytes
@@ -127,9 +128,7 @@ class Guard:
                 piece, more = message.get("body", b""), message.get("more_body", False)
                 too_large = too_large or len(body) + len(piece) > self._limit_bytes
                 full = full or self._held_bytes + len(piece) > _MOST_HELD * self._limit_bytes
-                if too_large or full:
-                    body.clear()
-                else:
+                if not (too_large or full):
                     body += piece
                     held.append(len(piece))
                     self._held_bytes += len(piece)
@@ -142,6 +141,11 @@ class Guard:
             busy = "too many requests are arriving"
             raise ApiError(503, busy, code="overloaded", kind="server_error", headers=LATER)
         return bytes(body)
+
+
+def _in_a_header(name: str) -> str:
+    """Return a host's name, or its address, as ``Host`` has it, in lower case."""
+    return f"[{name.lower()}]" if ":" in name and not name.startswith("[") else name.lower()
 
 
 def _with_body(body: bytes, receive: Receive) -> Receive:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import errno
 import math
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import h11
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.config import LOGGING_CONFIG
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashvlm_export.bundle import Bundle
@@ -31,6 +33,9 @@ from flashvlm_export.specs import check_budget
 #: Answers under way at once, where the engine batches and nothing is said.
 MAX_ANSWERS = 8
 _MOST_HEADER_BYTES = 32 << 10
+# Uvicorn's own, with the lines of requests on standard error, too: standard output is the command's.
+_LOGGING = copy.deepcopy(LOGGING_CONFIG)
+_LOGGING["handlers"]["access"]["stream"] = "ext://sys.stderr"
 
 
 def serve(settings: ServerSettings, *, on_ready: Callable[[str, Service, Model], object]) -> None:
@@ -62,6 +67,7 @@ def server_of(app: FastAPI, settings: ServerSettings, on_ready: Callable[[], obj
         lifespan="off",
         log_level="info" if settings.access_log else "warning",
         access_log=settings.access_log,
+        log_config=_LOGGING,
         server_header=False,
         proxy_headers=False,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from flashvlm_export.runtime.live.newest import Newest
-from flashvlm_export.runtime.server.api_errors import ApiError
+from flashvlm_export.runtime.server.api_errors import LATER, ApiError, answer_errors
 from flashvlm_export.runtime.server.guard import Guard
 from flashvlm_export.runtime.server.listening import address_of, bound_socket, read_keys, server_of
 from flashvlm_export.runtime.server.replies import event
@@ -83,8 +84,8 @@ def build_live_app(place: Newest[Shown], settings: ServerSettings, keys: list[st
 
     def stream(pieces: Callable[[Shown], bytes], end: bytes, media_type: str) -> Response:
         if viewers >= MOST_VIEWERS:
-            error = ApiError(503, f"{MOST_VIEWERS} viewers are watching already", code="too_many_viewers")
-            return JSONResponse(error.body, error.status)
+            message = f"{MOST_VIEWERS} viewers are watching already"
+            raise ApiError(503, message, code="too_many_viewers", kind="server_error", headers=LATER)
 
         async def body() -> AsyncGenerator[bytes, None]:
             async for shown in newest():
@@ -120,8 +121,11 @@ def build_live_app(place: Newest[Shown], settings: ServerSettings, keys: list[st
 
     @app.get("/page/{name}")
     async def page_file(name: str) -> Response:
-        return FileResponse(PAGE / name) if name in _FILES else Response(status_code=404)
+        if name not in _FILES:
+            raise HTTPException(404)
+        return FileResponse(PAGE / name)
 
+    answer_errors(app)
     open_paths = ["/", "/live", "/health", *(f"/page/{name}" for name in _FILES)]
     app.add_middleware(Guard, settings=settings, keys=keys, open_paths=open_paths)
     return app

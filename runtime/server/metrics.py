@@ -25,7 +25,7 @@ class Metrics:
         registry.register(_Busy(answerer))
         self._requests = Counter(
             "flashvlm_requests",
-            "requests by how they ended: 200, an error's status, or gone",
+            "chat completions by how they ended: 200, an error's status, or gone",
             ["outcome"],
             registry=registry,
         )

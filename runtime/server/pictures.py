@@ -124,7 +124,7 @@ class PictureReader:
         assert parts.hostname is not None  # it is on the list
         # Connected to the very address that was looked at: a second look-up could have another result.
         connection = _Pinned(
-            parts.hostname, port, self._addresses(parts.hostname, port), parts.scheme == "https", _left(deadline)
+            parts.hostname, port, self._addresses(parts.hostname, port), parts.scheme == "https", deadline
         )
         # A site that sends a byte now and then would hold up every read for as long as it likes.
         watchdog = threading.Timer(_left(deadline), connection.cut_off)
@@ -166,22 +166,31 @@ class PictureReader:
 class _Pinned(http.client.HTTPConnection):
     """A connection to ``host`` at one of its ``addresses``, which are already known."""
 
-    def __init__(self, host: str, port: int, addresses: Sequence[str], encrypted: bool, seconds: float) -> None:
-        super().__init__(host, port, timeout=seconds)
-        self._addresses, self._encrypted = addresses, encrypted
+    def __init__(self, host: str, port: int, addresses: Sequence[str], encrypted: bool, deadline: float) -> None:
+        super().__init__(host, port)
+        self._addresses, self._encrypted, self._deadline = addresses, encrypted, deadline
         self._open: socket.socket | None = None
 
     def connect(self) -> None:
-        for number, address in enumerate(self._addresses):
+        for untried, address in zip(range(len(self._addresses), 0, -1), self._addresses, strict=True):
             try:
-                self._open = self.sock = socket.create_connection((address, self.port), self.timeout)
+                # One that does not answer leaves time for the next, which may be reachable, such as by IPv4.
+                self.sock = socket.create_connection((address, self.port), _left(self._deadline) / untried)
                 break
-            except OSError:  # the next one may be reachable, such as by IPv4
-                if number == len(self._addresses) - 1:
+            except OSError:
+                if untried == 1:
                     raise
-        if self._encrypted:
-            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
-            self._open = self.sock
+        if not self._encrypted:
+            self._begin(self.sock)
+            return
+        context = ssl.create_default_context()
+        encrypted = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
+        self._begin(encrypted)
+        encrypted.do_handshake()
+
+    def _begin(self, opened: socket.socket) -> None:
+        self._open = self.sock = opened  # from here on it can be cut off
+        opened.settimeout(_left(self._deadline))  # raises if that was to be before
 
     def cut_off(self) -> None:
         """End whatever is being read, from another thread."""

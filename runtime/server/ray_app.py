@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
@@ -40,7 +41,7 @@ from flashvlm_export.runtime.server.api_errors import LATER, ApiError, api_error
 from flashvlm_export.runtime.server.app import build_app
 from flashvlm_export.runtime.server.conversation import Asked
 from flashvlm_export.runtime.server.listening import MAX_ANSWERS, describe, pipeline_of, read_keys, service_of
-from flashvlm_export.runtime.server.settings import Count, Duration, ServerSettings
+from flashvlm_export.runtime.server.settings import Amount, Count, ServerSettings
 
 log = logging.getLogger("flashvlm.server")
 
@@ -70,11 +71,11 @@ class ClusterSettings(ServerSettings, frozen=True, kw_only=True, forbid_unknown_
     visual_replicas: Annotated[Count, msgspec.Meta(description="replicas that encode and select")] = 1
     most_visual_replicas: Annotated[Count | None, msgspec.Meta(description="as many under load")] = None
     visual_batch: Annotated[Count, msgspec.Meta(description="requests that are encoded together")] = 8
-    visual_gpus: Annotated[Duration, msgspec.Meta(description="GPUs of each of them, or a part of one")] = 0.0
+    visual_gpus: Annotated[Amount, msgspec.Meta(description="GPUs of each of them, or a part of one")] = 0.0
     decoder_replicas: Annotated[Count, msgspec.Meta(description="replicas that answer")] = 1
     most_decoder_replicas: Annotated[Count | None, msgspec.Meta(description="as many under load")] = None
-    decoder_gpus: Annotated[Duration, msgspec.Meta(description="GPUs of each of them, or a part of one")] = 0.0
-    replica_cpus: Annotated[Duration, msgspec.Meta(description="processor cores that each replica asks for")] = 1.0
+    decoder_gpus: Annotated[Amount, msgspec.Meta(description="GPUs of each of them, or a part of one")] = 0.0
+    replica_cpus: Annotated[Amount, msgspec.Meta(description="processor cores that each replica asks for")] = 1.0
     ingress_replicas: Annotated[Count, msgspec.Meta(description="replicas that take requests in")] = 1
 
     def __post_init__(self) -> None:
@@ -164,20 +165,36 @@ def _count(replicas: int, most: int | None, ongoing_requests: int) -> dict[str, 
 
 
 class _Visual:
-    """Encodes images and selects their tokens, of requests that arrive together in one batch."""
+    """Encodes images and selects their tokens, together for all requests that came while it was busy with others."""
 
     def __init__(self, settings: ClusterSettings) -> None:
         self._vlm = pipeline_of(settings, with_llm=False)
         self._vlm.load()
-        batching: Any = self.select  # the decorator adds methods that its type does not have
-        batching.set_max_batch_size(settings.visual_batch)
-        batching.set_batch_wait_timeout_s(settings.max_wait_ms / 1e3)
+        self._most, self._wait_s = settings.visual_batch, settings.max_wait_ms / 1e3
+        self._waiting: deque[tuple[tuple[Request, Pruning], asyncio.Future[Selected | Exception]]] = deque()
+        self._work: asyncio.Task[None] | None = None
 
-    @serve.batch
-    async def select(self, asked: list[tuple[Request, Pruning]]) -> list[Selected | Exception]:
-        return await asyncio.to_thread(self._select, asked)
+    async def select(self, asked: tuple[Request, Pruning]) -> Selected | Exception:
+        future: asyncio.Future[Selected | Exception] = asyncio.get_running_loop().create_future()
+        self._waiting.append((asked, future))
+        if self._work is None:
+            self._work = asyncio.create_task(self._until_none_waits())
+        return await future
+
+    async def _until_none_waits(self) -> None:
+        await asyncio.sleep(self._wait_s)  # for company
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            batch = [(asked, future) for asked, future in batch if not future.cancelled()]
+            found = await asyncio.to_thread(self._select, [asked for asked, _ in batch])
+            for (_, future), one in zip(batch, found, strict=True):
+                if not future.cancelled():
+                    future.set_result(one)
+        self._work = None
 
     def _select(self, asked: Sequence[tuple[Request, Pruning]]) -> list[Selected | Exception]:
+        if not asked:
+            return []
         try:
             prompts = self._vlm.encode_each(asked)
         except Exception as error:  # whatever it is, it belongs to one of them: each alone, the others do not notice
@@ -193,11 +210,12 @@ class _Decoder:
     """Answers prompts whose images are selected, as many side by side as its engine batches."""
 
     def __init__(self, settings: ClusterSettings) -> None:
-        vlm = pipeline_of(settings)
-        vlm.load(visual=False)
         # Whatever Ray lets through is taken; an engine that does not batch lets the others wait.
         most = max(settings.max_queue, settings.answers_at_once)
-        self._answerer = ServiceAnswerer(service_of(vlm, msgspec.structs.replace(settings, max_queue=most)))
+        settings = msgspec.structs.replace(settings, max_queue=most, engine=None, cache_mib=0)
+        vlm = pipeline_of(settings)
+        vlm.load(visual=False)
+        self._answerer = ServiceAnswerer(service_of(vlm, settings))
 
     async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
         async with aclosing(self._answerer.answer(asked)) as events:
@@ -217,7 +235,7 @@ def _ingress_app(settings: ClusterSettings) -> FastAPI:
         lambda: _both_run(name),
     )
     # Where Ray's proxies listen is not said here: only the names that are set bind.
-    settings = msgspec.structs.replace(settings, host="0.0.0.0")
+    settings = msgspec.structs.replace(settings, host="0.0.0.0", cache_mib=0)
     return build_app(describe(pipeline_of(settings, with_llm=False), settings), answerer, settings, read_keys(settings))
 
 

@@ -1,7 +1,7 @@
 """The body of ``POST /v1/chat/completions``: OpenAI's fields, and a few of our own.
 
-A field that is not listed is refused, as OpenAI does, rather than taken and not obeyed; one that is ``null`` counts as
-not given. Source: OpenAI's API reference, "Create chat completion".
+A field that is not listed is refused, as OpenAI does, and one that would change the answer and is not obeyed. ``null``
+counts as not given. Source: OpenAI's API reference, "Create chat completion".
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class ChatRequest(_Strict):
     prompt_cache_key: str | None = None
     service_tier: str | None = None
     store: Literal[False] = False
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
 
     # Ours.
     top_k: int = Field(0, ge=0, description="choose among the K likeliest tokens; 0 for all")

@@ -16,8 +16,8 @@ from flashvlm_export.manifest import Positions, TextSpan
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-Duration = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0, le=1e6)]
+Amount = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 S = TypeVar("S", bound="ServerSettings")
 
 
@@ -63,7 +63,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_answers: Annotated[
         Count | None, _about("answers under way at once (default: 8, or 1 where the engine does not batch)")
     ] = None
-    max_wait_ms: Annotated[Duration, _about("a request waits so long for others to be encoded with")] = 5.0
+    max_wait_ms: Annotated[Amount, _about("a request waits so long for others to be encoded with")] = 5.0
     max_queue: Annotated[Count, _about("requests that wait; one more is refused with 503")] = 64
     cache_mib: Annotated[Size, _about("memory for encoded images, MiB")] = 256
 
@@ -86,7 +86,7 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _about("names by which clients may call the server (default: any, but only localhost's on loopback)"),
     ] = ()
     api_keys: Annotated[Path | None, _about("file with one key a line, one of which every request has to bring")] = None
-    access_log: Annotated[bool, _about("print a line for each request on standard output")] = False
+    access_log: Annotated[bool, _about("log a line for each request, on standard error")] = False
     image_hosts: Annotated[
         tuple[str, ...], _about("hosts that images may be fetched from; without, pictures come inside requests only")
     ] = ()

@@ -21,7 +21,6 @@ MODEL = {
     "max_images": 16,
     "max_image_pixels": 10**7,
     "max_body_bytes": 10**7,
-    "max_answer_tokens": 64,
 }
 
 #: From the body of a question to the events of its answer, or to what refuses it.

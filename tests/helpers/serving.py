@@ -107,7 +107,7 @@ def app_of(
         thread.start()
         try:
             assert ready.wait(WAIT_S)
-            yield f"http://127.0.0.1:{port}", service
+            yield f"http://{chosen.host}:{port}", service
         finally:
             server.should_exit = True
             thread.join(WAIT_S)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.asking import NEW_TOKENS, PAIRS, greedy, photograph, picture
+from helpers.serving import png, user
 from PIL import Image
 from transformers import AutoTokenizer, LlavaOnevisionImageProcessorPil
 
@@ -22,6 +23,10 @@ from flashvlm_export.models import MODELS, adapter_class
 from flashvlm_export.runtime.images import load_image
 from flashvlm_export.runtime.pipeline import Pipeline
 from flashvlm_export.runtime.request import Exchange, Request
+from flashvlm_export.runtime.server.conversation import Intake
+from flashvlm_export.runtime.server.listening import describe
+from flashvlm_export.runtime.server.schema import ChatRequest
+from flashvlm_export.runtime.server.settings import ServerSettings
 from flashvlm_export.selection import get_selector
 
 # The first five have more tokens in tiles than nine tiles', and are scaled down.
@@ -226,3 +231,16 @@ def test_what_the_adapter_does_not_do_is_refused(change: dict[str, Any], message
     config = {**json.loads((checkpoint / "config.json").read_text()), **change}
     with pytest.raises(CheckpointError, match=message):
         adapter_class("llava_onevision")(config)
+
+
+def test_clients_of_the_server_are_told_where_the_encoder_looks(pipeline: Pipeline, bundle: Path) -> None:
+    """One picture is seen in tiles, all of it; several are padded to squares."""
+    settings = ServerSettings(bundle=bundle, name="tiny")
+    intake = Intake(describe(pipeline, settings), settings)
+
+    def views(*sizes: tuple[int, int]) -> list[tuple[float, ...]]:
+        messages = [user("What are these?", *(png(1, size) for size in sizes))]
+        return [*intake.asked(ChatRequest.model_validate({"model": "tiny", "messages": messages})).views]
+
+    assert views((80, 40)) == [(0, 0, 1, 1)]
+    assert views((80, 40), (40, 80)) == [(0, -0.5, 1, 1.5), (-0.5, 0, 1.5, 1)]

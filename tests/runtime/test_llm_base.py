@@ -9,7 +9,7 @@ from collections.abc import Collection, Generator
 import numpy as np
 import pytest
 
-from flashvlm_export.errors import LLMError
+from flashvlm_export.errors import LLMError, UsageError
 from flashvlm_export.runtime.llm.base import Capabilities, Generation, Limits, LLMEngine, SamplingParams
 
 WIDTH, POSITIONS, VOCAB = 4, 32, 100
@@ -209,7 +209,7 @@ def test_an_engine_that_counts_by_itself_refuses_gaps() -> None:
     with Counting() as engine:
         params = SamplingParams(max_new_tokens=2)
         assert list(engine.generate(PROMPT, params, stop_token_ids=(), positions=np.arange(3))) == [10, 11]
-        with pytest.raises(LLMError, match="'counting' counts positions by itself"):
+        with pytest.raises(UsageError, match="'counting' counts positions by itself"):
             engine.generate(PROMPT, params, stop_token_ids=(), positions=np.array([0, 4, 5]))
 
 

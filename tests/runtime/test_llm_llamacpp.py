@@ -15,7 +15,7 @@ from helpers.gguf_llama import write_gguf
 from helpers.tiny_llava import make_talkative_llama
 from transformers import LlamaForCausalLM
 
-from flashvlm_export.errors import LLMError, SessionError
+from flashvlm_export.errors import LLMError, SessionError, UsageError
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.llm.llamacpp import LlamaCppLLM
 
@@ -143,7 +143,7 @@ def test_rows_of_the_table_and_the_context(file: Path, model: LlamaForCausalLM) 
         assert len(answer(engine, prompt(40), 24)) == 24
         with pytest.raises(LLMError, match="at most 64 together"):
             answer(engine, prompt(40), 25)
-        with pytest.raises(LLMError, match="'llamacpp' counts positions by itself"):
+        with pytest.raises(UsageError, match="'llamacpp' counts positions by itself"):
             engine.generate(prompt(2), SamplingParams(), stop_token_ids=(), positions=np.array([0, 9]))
         one = SamplingParams(max_new_tokens=NEW_TOKENS, temperature=1.0, top_k=1)
         assert list(engine.generate(prompt(3), one, stop_token_ids=())) == reference(model, prompt(3))

@@ -99,6 +99,8 @@ def test_answer_and_counts_are_the_pipelines(
     (image,) = got.flashvlm["images"]
     assert image["kept_indices"] == expected.prompt.indices[0].tolist()
     assert image["grids"] == [[4, 4]]
+    # Of 80 x 60 pixels the encoder sees a square of 60 in the middle.
+    assert image["view"] == [pytest.approx(edge, abs=0.01) for edge in (1 / 8, 0, 7 / 8, 1)]
     assert set(got.flashvlm["stage_ms"]) >= {"queue", "tokenize", "select", "prefill", "decode"}
 
 
@@ -252,6 +254,7 @@ def test_models_are_listed(client: Any) -> None:
         ({"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter", "is not supported here"),
         ({"frequency_penalty": 1}, 400, "frequency_penalty", "less_than_equal", "0"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "literal_error", "text"),
+        ({"metadata": dict.fromkeys("abcdefghijklmnopq", "x")}, 400, "metadata", "too_long", "at most 16 items"),
         ({"seed": -1}, 400, "seed", "greater_than_equal", "0"),
         ({"messages": []}, 400, "messages", "too_short", "at least 1"),
         ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages", "invalid_value", "received system"),

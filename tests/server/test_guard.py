@@ -9,7 +9,8 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ pytest.importorskip("openai", reason="the tests of the server ask with OpenAI's 
 from helpers.serving import WAIT_S, app_of, png, raw_connection, read_to_end, user
 
 from flashvlm_export.errors import LLMError
+from flashvlm_export.runtime.llm.onnxruntime import OnnxRuntimeLLM
 from flashvlm_export.runtime.server.answering import Done, Event, KeptTokens, Load
 from flashvlm_export.runtime.server.conversation import Asked, Intake
 from flashvlm_export.runtime.server.guard import Guard
@@ -48,11 +50,12 @@ def post(url: str, content: bytes, headers: dict[str, str] | None = None) -> tup
         connection.close()
 
 
-def get(url: str, path: str, method: str = "GET") -> tuple[int, bytes]:
+def get(url: str, path: str, method: str = "GET", host: str = "localhost") -> tuple[int, bytes]:
     """Status and body."""
-    connection = HTTPConnection("127.0.0.1", int(url.rpartition(":")[2]), timeout=WAIT_S)
+    address, _, port = url.removeprefix("http://").rpartition(":")
+    connection = HTTPConnection(address, int(port), timeout=WAIT_S)
     try:
-        connection.request(method, path)
+        connection.request(method, path, headers={"Host": host})
         response = connection.getresponse()
         return response.status, response.read()
     finally:
@@ -145,9 +148,39 @@ def test_other_names_for_this_machine_are_refused(tiny_bundle: Path) -> None:
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "10.0.0.1"):
             status, _, error = post(url, body(), {"Host": host})
             assert (status, error["error"]["code"]) == (421, "wrong_host"), host
-    with app_of(tiny_bundle, name=NAME, hosts=("orin.local",)) as (url, _):
-        assert post(url, body(), {"Host": "orin.local:80"})[0] == 200
+    with app_of(tiny_bundle, name=NAME, hosts=("Orin.local", "fd00::1")) as (url, _):
+        for host in ("orin.local:80", "ORIN.LOCAL", "[fd00::1]:80", "[FD00::1]"):
+            assert post(url, body(), {"Host": host})[0] == 200, host
         assert post(url, body(), {"Host": "localhost"})[0] == 421
+    with app_of(tiny_bundle, name=NAME, host="127.0.0.2") as (url, _):
+        for host in ("127.0.0.2:80", "localhost"):
+            assert get(url, "/v1/models", host=host)[0] == 200, host
+        assert get(url, "/v1/models", host="evil.example")[0] == 421
+
+
+def test_below_a_prefix_the_same_paths_are_open() -> None:
+    """As behind Ray's proxy, which says where the application is mounted."""
+
+    async def status_of(path: str, prefix: str) -> int:
+        statuses: list[int] = []
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b""}
+
+        async def send(message: dict[str, Any]) -> None:
+            statuses.append(message.get("status", 0))
+
+        guard = Guard(app, ServerSettings(bundle=Path("b")), ["key"], ["/ready"])
+        headers = [(b"host", b"localhost")]
+        await guard({"type": "http", "path": path, "root_path": prefix, "headers": headers}, receive, send)
+        return statuses[0]
+
+    paths = {("/small/ready", "/small"): 200, ("/small/metrics", "/small"): 401, ("/small/ready", ""): 401}
+    paths |= {("/small/small/ready", "/small"): 401, ("/smallready", "/small"): 401, ("/ready", ""): 200}
+    assert {given: asyncio.run(status_of(*given)) for given in paths} == paths
 
 
 def test_a_form_of_another_page_is_not_taken(tiny_bundle: Path) -> None:
@@ -255,7 +288,7 @@ def test_slow_clients_are_left(tiny_bundle: Path) -> None:
     held = Held()
     held.go_on.set()
     content = body()
-    with app_of(tiny_bundle, held, name=NAME, slow_seconds=0.5) as (url, _):
+    with app_of(tiny_bundle, held, name=NAME, slow_seconds=2) as (url, _):
         with raw_connection(url) as silent, raw_connection(url) as slow_head, raw_connection(url) as slow_body:
             slow_body.sendall(head(len(content)))
             answers: dict[str, bytes] = {}
@@ -276,10 +309,13 @@ def test_slow_clients_are_left(tiny_bundle: Path) -> None:
             ]
             for thread in slow:
                 thread.start()
-            while any(thread.is_alive() for thread in slow):
-                start = time.monotonic()
-                assert post(url, content)[0] == 200, "the others do not notice"
-                assert time.monotonic() - start < WAIT_S
+            meanwhile = 0
+            while all(thread.is_alive() for thread in slow):
+                assert post(url, content)[0] == 200
+                meanwhile += 1
+            assert meanwhile > 2, "the others do not notice"
+            for thread in slow:
+                thread.join(WAIT_S)
             with suppress(ConnectionResetError):  # left, too
                 assert read_to_end(silent) == b""
         assert answers["head"] in (b"", b"reset")
@@ -313,7 +349,10 @@ def test_the_service_is_free_again_when_a_client_hangs_up(tiny_bundle: Path) -> 
         content = body(stream=True, max_tokens=900)
         with raw_connection(url) as connection:
             connection.sendall(head(len(content)) + content)
-            assert connection.recv(1 << 12).startswith(b"HTTP/1.1 200 ")
+            sent = b""
+            while sent.count(b"data: ") < 4:  # the answer has begun
+                sent += connection.recv(1 << 12)
+            assert sent.startswith(b"HTTP/1.1 200 ")
             assert service.under_way == 1
         wait_for(lambda: service.under_way == 0)
         wait_for(lambda: service.vlm.llm.last_run is not None)
@@ -360,6 +399,48 @@ def test_reading_a_request_has_its_time_too(tiny_bundle: Path, monkeypatch: pyte
         finally:
             let_go.set()
     assert held_answerer.begun == 0
+
+
+def test_so_many_requests_are_read_at_a_time(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two; who hangs up frees no thread that is at work for it."""
+    let_go, begun, seen, at_once = threading.Event(), threading.Semaphore(0), [], []
+    read = Intake.asked
+
+    def held(self: Intake, body: Any) -> Asked:
+        seen.append(self)
+        at_once.append(len(seen))
+        begun.release()
+        assert let_go.wait(WAIT_S)
+        seen.remove(self)
+        return read(self, body)
+
+    monkeypatch.setattr(Intake, "asked", held)
+    answerer = Held()
+    answerer.go_on.set()
+    content = body()
+    with app_of(tiny_bundle, answerer, name=NAME, max_queue=3) as (url, _), ExitStack() as stack:
+        stack.callback(let_go.set)
+
+        def ask() -> Any:
+            connection = stack.enter_context(raw_connection(url))
+            connection.sendall(head(len(content), "Connection: close") + content)
+            return connection
+
+        gone = [ask(), ask()]
+        for _ in gone:
+            assert begun.acquire(timeout=WAIT_S)
+        waiting = [ask() for _ in range(3)]
+        time.sleep(0.2)  # that they wait does not show anywhere
+        answers = [read_to_end(ask()) for _ in range(2)]
+        assert [answer[:13] for answer in answers] == [b"HTTP/1.1 503 "] * 2
+        assert all(b"overloaded" in answer and b"retry-after: 1" in answer for answer in answers)
+        for connection in gone:
+            connection.close()
+        wait_for(lambda: metrics(url).get('flashvlm_requests_total{outcome="gone"}') == 2)
+        assert not begun.acquire(timeout=0.2), "nobody else is read"
+        let_go.set()
+        assert [read_to_end(connection)[:13] for connection in waiting] == [b"HTTP/1.1 200 "] * 3
+    assert max(at_once) == 2
 
 
 def test_bodies_under_way_have_a_limit_together() -> None:
@@ -429,6 +510,35 @@ def test_one_more_than_may_wait_is_told_to_come_again(tiny_bundle: Path) -> None
         assert post(url, body())[0] == 200
 
 
+def test_positions_that_the_engine_does_not_take_are_the_clients_to_mend(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines in other programs, such as llama.cpp, count positions by themselves."""
+    counting = replace(OnnxRuntimeLLM.capabilities, explicit_positions=False)
+    monkeypatch.setattr(OnnxRuntimeLLM, "capabilities", counting)
+    with app_of(tiny_bundle, name=NAME) as (url, _):
+        status, _, error = post(url, body(token_budget=3, positions="original"))
+        assert (status, error["error"]["code"]) == (400, "invalid_value")
+        assert "counts positions by itself" in error["error"]["message"]
+        assert post(url, body(token_budget=3, positions="contiguous"))[0] == 200
+
+
+def test_errors_of_other_routes_have_openais_shape(tiny_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Broken(Held):
+        def is_ready(self) -> bool:
+            raise RuntimeError("a secret path")
+
+    with app_of(tiny_bundle, Broken(), name=NAME) as (url, _):
+        for path, method, expected in (("/none", "GET", 404), ("/health", "POST", 405), ("/page/none", "GET", 404)):
+            status, content = get(url, path, method)
+            assert (status, json.loads(content)["error"]["type"]) == (expected, "invalid_request_error")
+            assert f"{method} {path}" in json.loads(content)["error"]["message"]
+        status, content = get(url, "/ready")
+        assert (status, json.loads(content)["error"]["code"]) == (500, "internal_error")
+        assert b"secret" not in content
+    assert "a secret path" in capfd.readouterr().err, "the log has it"
+
+
 def test_a_defect_shows_nothing_of_itself(tiny_bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Broken(Held):
         async def answer(self, asked: Asked) -> AsyncGenerator[Event, None]:
@@ -481,7 +591,12 @@ def test_metrics_count_what_was_asked(tiny_bundle: Path) -> None:
         answers = [post(url, body(token_budget=budget))[2] for budget in (3, 5, "full")]
         post(url, b"{")
         post(url, body(), {"Host": "evil.example"})
+        for path, host in (("/favicon.ico", "localhost"), ("/v1/models", "evil.example")):  # of no question
+            assert get(url, path, host=host)[0] in (404, 421)
         shown = metrics(url)
+    assert {name for name in shown if name.startswith("flashvlm_requests_total")} == {
+        f'flashvlm_requests_total{{outcome="{outcome}"}}' for outcome in (200, 400, 421)
+    }
     assert shown['flashvlm_requests_total{outcome="200"}'] == 3
     assert shown['flashvlm_requests_total{outcome="400"}'] == 1
     assert shown['flashvlm_requests_total{outcome="421"}'] == 1

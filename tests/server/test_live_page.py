@@ -85,7 +85,12 @@ def test_one_viewer_too_many_is_sent_away(get: Get, monkeypatch: pytest.MonkeyPa
         assert watching.readline() == b"with words\r\n"
         refused = get(address, "/live/events")
         assert refused.status == 503
-        assert "watching already" in json.loads(refused.read())["error"]["message"]
+        error = json.loads(refused.read())["error"]
+        assert "watching already" in error["message"]
+        assert (error["type"], refused.headers["retry-after"]) == ("server_error", "1")
+        for path in ("/none", "/page/none"):
+            missing = get(address, path)
+            assert (missing.status, json.loads(missing.read())["error"]["type"]) == (404, "invalid_request_error")
         assert get(address, "/health").status == 200
 
 

@@ -139,7 +139,7 @@ def wait_until_lit(page: Any, expected: list[int], *grid: Any) -> None:
 
 def api(base: str, content: bytes, budget: int | str, question: str = QUESTION) -> dict[str, Any]:
     """What the HTTP API answers."""
-    body = {"model": model(base)["id"], "messages": [user(question, content)], "max_tokens": 256}
+    body = {"model": model(base)["id"], "messages": [user(question, content)]}
     sent = json.dumps({**body, "token_budget": budget, "selection": True}).encode()
     request = urllib.request.Request(f"{base}/v1/chat/completions", sent, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -266,6 +266,7 @@ def test_both_runs_stand_beside_each_other(visit: Open, server: str) -> None:
     wholes = [api(server, content, each) for each in (5, "full")]
     assert page.locator(".answer").all_text_contents() == [text_of(whole) for whole in wholes]
     assert [body["token_budget"] for body in opened.asked] == [5, "full"]
+    assert not any("max_tokens" in body for body in opened.asked), "how long an answer is, the server says"
     assert opened.asked[0]["messages"] == opened.asked[1]["messages"]
 
     pruned, full = page.get_by_role("button", name="Show these tokens on the picture").all()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import io
 import ipaddress
+import socket
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -217,6 +219,66 @@ def test_sites_that_do_not_behave(path: str, message: str, site: int) -> None:
         reader(("localhost",), private=True, seconds=0.5).read(f"http://localhost:{site}{path}")
     assert time.monotonic() - start < 8, "a slow site goes on for ten seconds"
     assert [seen for seen, _ in Site.seen] == [path], "nobody went where the redirect leads"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_an_address_that_is_silent_leaves_time_for_the_next(
+    scheme: str, site: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one answers, or begins to, but never ends: the time for all of it is kept."""
+    look_up = socket.getaddrinfo
+
+    def both(host: str, *given: Any, **more: Any) -> Any:
+        return [*look_up("127.0.0.2", *given, **more), *look_up("127.0.0.1", *given, **more)]
+
+    with ExitStack() as stack:
+        # Who has connected to a backlog of nothing is not accepted: the next is not answered at all.
+        silent = stack.enter_context(socket.create_server(("127.0.0.2", site), backlog=0))
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+        monkeypatch.setattr("socket.getaddrinfo", both)
+        start = time.monotonic()
+        if scheme == "http":
+            assert reader(("localhost",), private=True, seconds=2).read(f"http://localhost:{site}/")[1] == (80, 60)
+        else:  # the site takes the greeting for a request that goes on
+            with pytest.raises(ImageError, match="cannot be fetched"):
+                reader(("localhost",), private=True, seconds=2).read(f"https://localhost:{site}/")
+        assert 0.9 < time.monotonic() - start < 8
+
+
+def test_a_greeting_that_does_not_end_is_cut_off() -> None:
+    """Each byte comes in time, as that of a record of TLS; all of them do not."""
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection, suppress(OSError):  # nobody reads any more
+            connection.sendall(b"\x16\x03\x03\x40\x00")
+            for _ in range(200):
+                connection.sendall(b"\x02")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=[listener])
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(ImageError, match="cannot be fetched"):
+            reader(("localhost",), private=True, seconds=0.5).read(f"https://localhost:{listener.getsockname()[1]}/")
+        assert time.monotonic() - start < 8, "it goes on for ten seconds"
+        thread.join()
+
+
+def test_only_so_many_sizes_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashvlm_export.runtime.server.pictures._MOST_KNOWN", 2)
+    pictures = reader()
+    for seed in (1, 2, 3):
+        pictures.read(data_uri(png(seed)))
+    monkeypatch.setattr("flashvlm_export.runtime.server.pictures.load_image", lambda *_, **__: pytest.fail("decoded"))
+    for seed in (2, 3):
+        pictures.read(data_uri(png(seed)))
+    with pytest.raises(pytest.fail.Exception):
+        pictures.read(data_uri(png(1)))
 
 
 def addresses(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[tuple[str, int]]:

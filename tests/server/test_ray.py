@@ -289,6 +289,39 @@ def test_one_of_a_batch_that_fails_does_so_alone(tiny_bundle: Path, monkeypatch:
         assert kept == [3, ValueError, 5, 6, ImageError]
 
 
+def test_what_comes_while_others_are_encoded_is_encoded_together(tiny_bundle: Path) -> None:
+    settings = ClusterSettings(bundle=tiny_bundle, precision="fp32", threads=1, visual_batch=3, max_wait_ms=0)
+    visual = ray_app._Visual(settings)
+    batches: list[list[int]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def hold(asked: Sequence[int]) -> list[int]:
+        batches.append(list(asked))
+        begun.set()
+        assert go_on.wait(WAIT_S)
+        return [-each for each in asked]
+
+    async def ask() -> None:
+        first = asyncio.create_task(visual.select(0))
+        await asyncio.to_thread(begun.wait)
+        others = [asyncio.create_task(visual.select(number)) for number in range(1, 6)]
+        await asyncio.sleep(0.05)
+        others[1].cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await first == 0
+        found = await asyncio.gather(*others, return_exceptions=True)
+        assert [type(one) if isinstance(one, BaseException) else one for one in found] == [
+            *(-1, asyncio.CancelledError, -3, -4, -5)
+        ]
+        assert await visual.select(6) == -6, "it begins again"
+
+    with visual._vlm:
+        visual._select = hold
+        asyncio.run(ask())
+    assert batches == [[0], [1, 3], [4, 5], [6]]
+
+
 def test_a_decoder_gives_up_at_once_what_nobody_reads() -> None:
     class Answers:
         given_up = False
@@ -423,13 +456,15 @@ def test_answers_are_those_of_one_pipeline_while_replicas_are_killed(cluster: Cl
     def ask(seed: int) -> None:
         messages, extra = question(seed)
         options: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 12, "extra_body": extra}
+        text = ""
         try:
             if seed % 3:
                 text = client.chat.completions.create(**options).choices[0].message.content
             else:
-                chunks = client.chat.completions.create(stream=True, **options)
-                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                for chunk in client.chat.completions.create(stream=True, **options):
+                    text += chunk.choices[0].delta.content or ""
         except openai.APIError as error:
+            assert text or seed % 3, "of what is streamed the text had begun"
             lost.append(error)
         else:
             assert text == expected[seed]
@@ -447,6 +482,7 @@ def test_answers_are_those_of_one_pipeline_while_replicas_are_killed(cluster: Cl
             for kind in ("Visual", "Decoder"):
                 for _ in range(2 * CLIENTS):
                     assert answered.acquire(timeout=WAIT_S)
+                assert lost == [], "no answer begins while images are encoded"
                 os.kill(cluster.replicas(kind)[0], signal.SIGKILL)
             for _ in range(4 * CLIENTS):
                 assert answered.acquire(timeout=WAIT_S)

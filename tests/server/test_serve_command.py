@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -122,6 +126,7 @@ def test_every_setting_is_an_option_that_help_explains(capsys: pytest.CaptureFix
         ('bundle = "b"\nport = 70000', "Expected `int` <= 65535 - at `$.port`"),
         ('bundle = "b"\nmax_answers = 0', "Expected `int` >= 1 - at `$.max_answers`"),
         ('bundle = "b"\nmax_seconds = 0', "Expected `float` > 0.0 - at `$.max_seconds`"),
+        ('bundle = "b"\nmax_seconds = inf', "Expected `float` <= 1000000.0 - at `$.max_seconds`"),
         ('bundle = "b"\nprovider = "gpu"', "Invalid enum value 'gpu' - at `$.provider`"),
         ('bundle = "b"\nprot = 1', "unknown field `prot`"),
         ('bundle = "b"\nanswer_tokens = 2000', "answer_tokens 2000 is above max_answer_tokens 1024"),
@@ -189,3 +194,19 @@ def test_json_comes_last(tiny_bundle: Path) -> None:
         "address": served.url,
         "selectors": ["flashvlm", "divprune", "cdpruner"],
     }
+
+
+def test_lines_of_requests_leave_standard_output_alone(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-m", "flashvlm_export", "serve", str(tiny_bundle), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--access-log", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        assert process.stderr is not None
+        url = next(found[1] for line in process.stderr if (found := re.match(r"listening at (\S+),", line)))
+        with urllib.request.urlopen(f"{url}/health") as response:
+            assert response.status == 200
+        process.terminate()
+        told, said = process.communicate(timeout=WAIT_S)
+    assert json.loads(told)["address"] == url
+    assert '"GET /health HTTP/1.1" 200' in said

@@ -6,8 +6,6 @@ import { keptCells, PictureError, PictureView, preparePicture, tokenCount } from
 import { takePictures } from "./sources.js";
 import { Turn } from "./turn.js";
 
-const LONGEST_ANSWER = 256;
-
 const part = (id) => document.getElementById(id);
 const composer = part("composer");
 const question = part("question");
@@ -322,7 +320,6 @@ async function hear(run, messages, signal) {
   const body = {
     model: model.id,
     messages,
-    max_tokens: Math.min(LONGEST_ANSWER, model.flashvlm.max_answer_tokens ?? LONGEST_ANSWER),
     token_budget: run.budget,
   };
   if (model.flashvlm.selectors.length > 1) body.selector = part("selector").value;
