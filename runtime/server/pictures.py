@@ -180,17 +180,11 @@ class _Pinned(http.client.HTTPConnection):
             except OSError:
                 if untried == 1:
                     raise
-        if not self._encrypted:
-            self._begin(self.sock)
-            return
-        context = ssl.create_default_context()
-        encrypted = context.wrap_socket(self.sock, server_hostname=self.host, do_handshake_on_connect=False)
-        self._begin(encrypted)
-        encrypted.do_handshake()
-
-    def _begin(self, opened: socket.socket) -> None:
-        self._open = self.sock = opened  # from here on it can be cut off
-        opened.settimeout(_left(self._deadline))  # raises if that was to be before
+        self.sock.settimeout(_left(self._deadline))
+        if self._encrypted:  # for all of whose greeting that is the time
+            self.sock = ssl.create_default_context().wrap_socket(self.sock, server_hostname=self.host)
+        self._open = self.sock  # from here on it can be cut off,
+        _left(self._deadline)  # unless that was to be before
 
     def cut_off(self) -> None:
         """End whatever is being read, from another thread."""

@@ -438,6 +438,7 @@ def test_so_many_requests_are_read_at_a_time(tiny_bundle: Path, monkeypatch: pyt
             connection.close()
         wait_for(lambda: metrics(url).get('flashvlm_requests_total{outcome="gone"}') == 2)
         assert not begun.acquire(timeout=0.2), "nobody else is read"
+        assert read_to_end(ask()).startswith(b"HTTP/1.1 503 "), "as many wait as before"
         let_go.set()
         assert [read_to_end(connection)[:13] for connection in waiting] == [b"HTTP/1.1 200 "] * 3
     assert max(at_once) == 2
