@@ -141,6 +141,11 @@ def kinds(model: str, visual_tokens: int) -> list[Kind]:
         ),
         Kind("a stop text of 1 MB", post(body(model, good, stop="x" * 1_000_000)), ("400 string_too_long",)),
         Kind("100,000 messages of nothing", post(body(model, good, messages=[{}] * 100_000)), ("400 too_long",)),
+        Kind(
+            "metadata of 100,000 keys",
+            post(body(model, good, metadata=dict.fromkeys(map(str, range(100_000)), ""))),
+            ("400 too_long",),
+        ),
         Kind("JPEG of 1,000 scans", post(body(model, uri(scans(1000)))), bad_image),
         Kind(
             "another content type",
