@@ -47,7 +47,7 @@ serve: $(DEMO)/bundle/manifest.json ## flashvlm-tiny at http://127.0.0.1:8000, a
 
 live: $(DEMO)/bundle/manifest.json ## a video that it makes, and a standing question answered about its newest frame
 	$(BIN)/python examples/moving_scene.py $(DEMO)/clip.mp4
-	$(BIN)/flashvlm live $(DEMO)/bundle --source $(DEMO)/clip.mp4 --positions original --output $(DEMO)/live.mp4 \
+	$(BIN)/flashvlm live $(DEMO)/bundle --source $(DEMO)/clip.mp4 --positions original --output $(DEMO)/live.mp4 --overwrite \
 	  --prompt "Is the red circle on the left or on the right?"
 
 $(DEMO)/bundle/manifest.json: $(VENV)/installed $(EXPORTER) $(TINY)/model.safetensors

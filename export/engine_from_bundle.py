@@ -88,8 +88,8 @@ def engine_from_bundle(settings: EngineSettings, progress: Progress | None = Non
     bundle = Bundle.open(settings.bundle)
     gpu = gpu_at_hand()
     target = resolve_target(settings.target, gpu)
-    backend = resolve_backend(settings, target, gpu)
     graph = bundle.graph_file(settings.precision)
+    backend = resolve_backend(settings, target, gpu)
     spec = bundle.manifest.graphs[settings.precision.value].spec
     profiles = resolve_profiles(spec, settings.profiles)
     file = engine_file(bundle, target.name, settings.precision, for_triton=settings.for_triton)

@@ -289,7 +289,8 @@ class Pipeline:
         fitting = min(fitting, max((len(each.pictures) for each in wanted), default=0) * self.visual_tokens)
         raise PromptTooLongError(
             "the prompt is too long for the language model",
-            received=f"{length} positions: {text} of text, {length - text} of {len(images)} {noun}(s)",
+            received=f"{length} positions: {text} of text, {length - text} of {len(images)} {noun}(s)"
+            + (", pruned or not, as kept tokens stand where they stood" if gaps else ""),
             expected=f"at most {most}, and one for the answer",
             hint=f"keep at most {fitting} visual tokens of an {noun}, with contiguous positions"
             if fitting > 0

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="frames with kept tokens and answers: a recording (.mp4, .mkv), or the newest one (.png, .jpg, .webp)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that stands at --output")
     parser.add_argument(
         "--size", metavar="WxH", help="frame size to ask a camera for (default: its own; csi: 1280x720)"
     )
@@ -95,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 
     size = None if args.size is None else size_from(args.size)
     source = source_from(args.source, size=size, fps=args.fps, loop=args.loop)
-    output = None if args.output is None else output_to(args.output)
+    output = None if args.output is None else output_to(args.output, overwrite=args.overwrite)
     bundle = Bundle.open(args.bundle)
     standing = Standing(
         args.prompt,

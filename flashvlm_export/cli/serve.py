@@ -20,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("bundle", metavar="BUNDLE", nargs="?", help="directory written by flashvlm export")
     parser.add_argument(
-        "--config", metavar="FILE", type=Path, help="TOML file with any of these options, as max_queue = 64; they win"
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="TOML file with any of these options, as max_queue = 64; options that are typed win over it",
     )
     for name, kind, choices, default, description in ServerSettings.options():
         shown = "" if default in (None, False, ()) else f" (default: {default})"

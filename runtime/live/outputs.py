@@ -152,12 +152,13 @@ class Recording(Output):
             self._file.__exit__(type(failed), failed, failed.__traceback__)
 
 
-def output_to(path: Path) -> Output:
+def output_to(path: Path, *, overwrite: bool = False) -> Output:
     """Return what ``path`` is by its suffix: a recording, or a picture of the newest answer.
 
     Raises:
         ConfigError: if it is neither, or its folder does not exist.
-        StorageError: if nothing can be written there; not first at the end of a long run.
+        StorageError: if nothing can be written there, or something stands there that is not to be replaced; not first
+            at the end of a long run.
         DependencyError: if a recording needs what is not installed.
     """
     folder = path.absolute().parent
@@ -171,5 +172,12 @@ def output_to(path: Path) -> Output:
             "neither a recording nor a picture by its name",
             received=path.name,
             expected=f"a name ending in {', '.join((*_FORMATS, *PICTURE_SUFFIXES))}",
+        )
+    if path.exists() and not overwrite:
+        raise StorageError(
+            "the output exists already",
+            received=path,
+            expected="a new file, or --overwrite",
+            hint="it may be the source itself",
         )
     return Recording(path) if suffix in _FORMATS else Snapshot(path)

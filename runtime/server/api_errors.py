@@ -136,7 +136,8 @@ def _not_valid(error: RequestValidationError, content_type: str) -> ApiError:
         named = content_type.partition(";")[0].strip().lower() == "application/json"
         wrong = first["msg"] if named else f"its Content-Type is {content_type[:80]}, not application/json"
         return ApiError(400, f"the request's body is not what was expected: {wrong}", code=str(first["type"]))
-    if first["type"] == "extra_forbidden":
+    of_nothing = first.get("ctx", {}).get("max_length") == 0
+    if first["type"] == "extra_forbidden" or of_nothing:
         return ApiError(400, f"{place[0]} is not supported here", param=str(place[0]), code="unsupported_parameter")
     of_it = [(where, each["msg"]) for where, each in errors if where[:1] == place[:1]][:4]
     message = "; or ".join(f"{'.'.join(map(str, where))}: {text}" for where, text in of_it)

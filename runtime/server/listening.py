@@ -230,7 +230,7 @@ def describe(vlm: Pipeline, settings: ServerSettings) -> Model:
 
 
 def read_keys(settings: ServerSettings) -> list[str]:
-    """Return the keys of the settings' file, none without one.
+    """Return the keys of the settings' file, none without one; lines that begin with ``#`` are comments.
 
     Raises:
         ConfigError: if the file cannot be read, or has no key.
@@ -239,7 +239,8 @@ def read_keys(settings: ServerSettings) -> list[str]:
     if file is None:
         return []
     try:
-        keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        keys = [line for line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "the API keys cannot be read",

@@ -42,6 +42,7 @@ from flashvlm_export.runtime.server.app import build_app
 from flashvlm_export.runtime.server.conversation import Asked
 from flashvlm_export.runtime.server.listening import MAX_ANSWERS, describe, pipeline_of, read_keys, service_of
 from flashvlm_export.runtime.server.settings import Amount, Count, ServerSettings
+from flashvlm_export.specs import check_budget
 
 log = logging.getLogger("flashvlm.server")
 
@@ -113,11 +114,15 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     Raises:
         ConfigError: if a setting does not exist, or is out of range.
         BundleError: if there is no such bundle, or it is damaged.
+        BudgetError: if its images have fewer visual tokens.
     """
     settings = ClusterSettings.of(args)
     if {"host", "port"} & set(args):
         raise ConfigError("address and port of a cluster are Ray's", received="host or port", expected="http_options")
-    Bundle.open(settings.bundle)  # else each replica would say so, again and again
+    # Else each replica would say so, again and again.
+    bundle = Bundle.open(settings.bundle)
+    if isinstance(settings.token_budget, int):
+        check_budget(settings.token_budget, bundle.manifest.dims.num_patches)
     cpus = settings.replica_cpus
 
     def asgi() -> FastAPI:

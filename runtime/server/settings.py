@@ -94,6 +94,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def __post_init__(self) -> None:
         if self.answer_tokens > self.max_answer_tokens:
             raise ValueError(f"answer_tokens {self.answer_tokens} is above max_answer_tokens {self.max_answer_tokens}")
+        for name in (*self.hosts, *self.image_hosts):
+            if "/" in name or (":" in name and not _is_address(name)):
+                raise ValueError(f"a host is a name alone, such as example.com, not {name!r}")
 
     @classmethod
     def of(cls: type[S], values: Mapping[str, Any], file: Path | None = None) -> S:
@@ -114,6 +117,10 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             # A command line knows only texts.
             return msgspec.convert({**from_file, **typed}, cls, strict=False, dec_hook=_path)
         except msgspec.ValidationError as error:
+            if "missing required field `bundle`" in str(error):
+                raise ConfigError(
+                    "which bundle to serve is not said", expected='BUNDLE, or bundle = "DIR" in --config FILE'
+                ) from None
             raise ConfigError(
                 "the server cannot be set up so",
                 received=str(error),
@@ -132,10 +139,9 @@ class ServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     @property
     def on_loopback(self) -> bool:
         """Whether only this machine reaches the server."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name
+        if not _is_address(self.host):
             return self.host.lower() == "localhost"
+        return ipaddress.ip_address(self.host.strip("[]")).is_loopback
 
 
 class Option(NamedTuple):
@@ -165,6 +171,14 @@ class Option(NamedTuple):
         choices = get_args(inner) if get_origin(inner) is Literal else ()
         kind = str if choices or inner is Path else get_origin(inner) or inner
         return cls(name, kind, choices, default, about.description)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _split(value: Any) -> Any:

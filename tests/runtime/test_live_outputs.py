@@ -195,6 +195,18 @@ def test_bad_outputs_are_refused(tmp_path: Path) -> None:
             output_to(path)
 
 
+def test_what_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    """It may be the source."""
+    path = tmp_path / "newest.png"
+    path.write_bytes(b"mine")
+    with pytest.raises(StorageError, match="exists already"):
+        output_to(path)
+    assert path.read_bytes() == b"mine"
+    with output_to(path, overwrite=True) as output:
+        output.add(grey(50), 0)
+    assert np.asarray(Image.open(path)).max() == 50
+
+
 def test_an_unwritable_recording(tmp_path: Path) -> None:
     pytest.importorskip("av", reason="recordings need PyAV")
     with pytest.raises(ConfigError, match="folder does not exist"):

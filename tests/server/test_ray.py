@@ -31,7 +31,7 @@ from helpers.serving import png, user
 from ray import exceptions as of_ray
 from ray.serve import exceptions as of_serve
 
-from flashvlm_export.errors import BundleError, ConfigError, ImageError
+from flashvlm_export.errors import BudgetError, BundleError, ConfigError, ImageError
 from flashvlm_export.runtime.layout import ImageLayout
 from flashvlm_export.runtime.llm.base import SamplingParams
 from flashvlm_export.runtime.pipeline import Pipeline
@@ -565,5 +565,7 @@ def test_settings_are_those_of_the_server(tiny_bundle: Path) -> None:
             app({"bundle": str(tiny_bundle), **wrong})
     with pytest.raises(ConfigError, match="Ray's"):
         app({"bundle": str(tiny_bundle), "port": "9000"})
+    with pytest.raises(BudgetError, match="17"):
+        app({"bundle": str(tiny_bundle), "token_budget": "17"})
     with pytest.raises(BundleError, match="no bundle at this path"):
         app({"bundle": "/none"})

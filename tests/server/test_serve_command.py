@@ -130,7 +130,9 @@ def test_every_setting_is_an_option_that_help_explains(capsys: pytest.CaptureFix
         ('bundle = "b"\nprovider = "gpu"', "Invalid enum value 'gpu' - at `$.provider`"),
         ('bundle = "b"\nprot = 1', "unknown field `prot`"),
         ('bundle = "b"\nanswer_tokens = 2000', "answer_tokens 2000 is above max_answer_tokens 1024"),
-        ("port = 1", "missing required field `bundle`"),
+        ("port = 1", "which bundle to serve is not said"),
+        ('bundle = "b"\nimage_hosts = ["http://example.com"]', "a host is a name alone, such as example.com"),
+        ('bundle = "b"\nhosts = ["example.com:80"]', "not 'example.com:80'"),
         ("port 1", "not TOML"),
         ("\udcff", "not TOML"),
     ],
@@ -194,6 +196,12 @@ def test_json_comes_last(tiny_bundle: Path) -> None:
         "address": served.url,
         "selectors": ["flashvlm", "divprune", "cdpruner"],
     }
+
+
+def test_keys_may_have_comments(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# of the kitchen\nfirst\n\n  # of the garden\nsecond # third\n")
+    assert listening.read_keys(ServerSettings(bundle=tmp_path, api_keys=file)) == ["first", "second # third"]
 
 
 def test_lines_of_requests_leave_standard_output_alone(tiny_bundle: Path) -> None:
