@@ -128,7 +128,9 @@ class Guard:
                 piece, more = message.get("body", b""), message.get("more_body", False)
                 too_large = too_large or len(body) + len(piece) > self._limit_bytes
                 full = full or self._held_bytes + len(piece) > _MOST_HELD * self._limit_bytes
-                if not (too_large or full):
+                if too_large or full:
+                    body.clear()  # as many as may come at once would wait with it for their ends
+                else:
                     body += piece
                     held.append(len(piece))
                     self._held_bytes += len(piece)
